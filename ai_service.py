@@ -7,43 +7,92 @@
                  │                     └── lease ran out ──► pending, or failed with no attempts left
                  └── retry ◄── failed | cancelled | running          cancel: pending | running ──► cancelled
 
-Sections, in this order: configuration, vocabulary, reading of requests, database, queue, waiting room, providers' status,
-HTTP resources, the application, the server, the command line. The queue's statements live in `schema.sql`.
+Sections, in this order: configuration, queue, waiting room, upkeep, providers' status, HTTP resources, the application, the server,
+the command line. Beside it: `ai_requests.py` has the requests and refusals, `ai_database.py` the connections, `schema.sql` the queue's
+functions.
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import logging
 import os
 import re
-import select
 import signal
-import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NewType, TypeVar, get_args, get_origin
+from typing import Any
 
 import attrs
-import cattrs
 import falcon
 import msgspec
 import pg8000.native
-import waitress.channel
-import waitress.server
-import waitress.task
-import waitress.wasyncore
-from cattrs.errors import AttributeValidationNote, IterableValidationError, IterableValidationNote
-from cattrs.gen import make_dict_structure_fn
 
 import providers
-from ai_database_url import DatabaseAddress, DatabaseUnreachable, DatabaseUrlError, read_database_url
+from ai_database import SCHEMA_VERSION, STATEMENT_SECONDS, Database, migrate, schema_version
+from ai_database_url import DatabaseAddress, DatabaseUrlError, read_database_url
+from ai_requests import (
+    MAX_BULK,
+    OUTCOMES,
+    RETRYABLE,
+    UUID,
+    BodyTooLarge,
+    BulkHeartbeat,
+    BulkRetry,
+    Cancellation,
+    ClaimIdReused,
+    ClaimLost,
+    ClaimRequest,
+    Completion,
+    DatabaseBusy,
+    DatabaseUnavailable,
+    Draining,
+    Failure,
+    Heartbeat,
+    IdempotencyKeyReused,
+    InvalidState,
+    JobCancelled,
+    JobFilter,
+    JobIds,
+    JobNotFound,
+    JobQuery,
+    Listing,
+    MalformedJson,
+    MalformedRequest,
+    MethodNotAllowed,
+    NewJob,
+    NotFound,
+    Nothing,
+    PauseRequest,
+    Refusal,
+    Release,
+    Retry,
+    RetryFilter,
+    SchemaMissing,
+    SchemaOutdated,
+    StatsQuery,
+    TooDeep,
+    TooManyCombinations,
+    UnsupportedMediaType,
+    ValidationFailed,
+    alternatives,
+    count_usage,
+    decoded,
+    problems_of,
+    raise_all,
+    read_batch,
+    read_body,
+    read_items,
+    read_query,
+    structure,
+    text_of,
+)
+from ai_server import Server, listen
 
 __version__ = "0.1.0"
 
@@ -141,767 +190,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     return Settings(**values, environ=environ)
 
 
-# ── Vocabulary ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# JSON text that is passed through and never looked into.
-RawJson = NewType("RawJson", str)
-T = TypeVar("T")
-
-MAX_DEPTH = 500
-MAX_BATCH = 10_000
-MAX_BULK = 1_000
-
-
-class Refusal(Exception):
-    """A request that gets no for an answer. `code` is stable; `retry_after` in seconds where a repeat may succeed."""
-
-    code = "internal_error"
-    title = "Internal error"
-    retry_after: int | None = None
-
-    def __init__(self, detail: str | None = None, errors: Sequence[Mapping[str, str]] = ()) -> None:
-        super().__init__(detail or self.title)
-        self.detail = detail or self.title
-        self.errors = list(errors)
-
-
-def _refusal(code: str, title: str, retry_after: int | None = None) -> type[Refusal]:
-    name = "".join(word.capitalize() for word in code.split("_"))
-    return type(name, (Refusal,), {"code": code, "title": title, "retry_after": retry_after, "__doc__": title})
-
-
-MalformedJson = _refusal("malformed_json", "The body is not valid JSON")
-NotFound = _refusal("not_found", "There is no such route")
-JobNotFound = _refusal("job_not_found", "There is no such job")
-MethodNotAllowed = _refusal("method_not_allowed", "The route has no such method")
-MalformedRequest = _refusal("malformed_request", "The request is not valid HTTP")
-BodyTooLarge = _refusal("body_too_large", "The body is larger than MAX_BODY_BYTES")
-UnsupportedMediaType = _refusal("unsupported_media_type", "The body must be application/json")
-InvalidState = _refusal("invalid_state", "The job's status does not allow this")
-ClaimLost = _refusal("claim_lost", "The claim does not hold this job any more")
-JobCancelled = _refusal("job_cancelled", "The job was cancelled")
-ClaimIdReused = _refusal("claim_id_reused", "The claim_id was used by another worker")
-IdempotencyKeyReused = _refusal("idempotency_key_reused", "The idempotency_key stands for another job")
-ValidationFailed = _refusal("validation_failed", "The request has invalid fields")
-TooDeep = _refusal("too_deep", f"JSON is nested deeper than {MAX_DEPTH} levels")
-TooManyCombinations = _refusal("too_many_combinations", "There are 2,000 combinations of owner_service, task_type and model_profile in use")
-DatabaseUnavailable = _refusal("database_unavailable", "PostgreSQL cannot be reached or does not accept writes", 2)
-DatabaseBusy = _refusal("database_busy", "PostgreSQL is saturated", 1)
-SchemaMissing = _refusal("schema_missing", "The database schema has not been applied", 5)
-SchemaOutdated = _refusal("schema_outdated", "The database schema is older than this release", 5)
-Draining = _refusal("draining", "The service is shutting down", 1)
-
-# What the queue's functions answer per job.
-OUTCOMES: dict[str, type[Refusal]] = {
-    refusal.code: refusal for refusal in (JobNotFound, ClaimLost, JobCancelled, InvalidState, ClaimIdReused)
-}
-
-
-class Check:
-    """What a value must be: its JSON type by `read`, its limits by `accept`, which returns a sentence where it is refused."""
-
-    def __init__(self, kind: str, types: tuple[type, ...], accept: Callable[[Any], str | None]) -> None:
-        self.kind, self.types, self.accept = kind, types, accept
-
-    def structure(self, raw: msgspec.Raw) -> Any:
-        """The Python value of a JSON text. Raises ValueError with a sentence for the caller."""
-        try:
-            value = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise ValueError(f"must be {self.kind} within range") from None
-        if type(value) not in self.types:
-            raise ValueError(f"must be {self.kind}")
-        if refused := self.accept(value):
-            raise ValueError(refused)
-        return value
-
-
-def _text(low: int, high: int) -> Check:
-    def accept(value: str) -> str | None:
-        if "\x00" in value:
-            return "must not contain a NUL character"
-        return None if low <= len(value) <= high else f"must have {low} to {high} characters"
-
-    return Check("a string", (str,), accept)
-
-
-def _pattern(pattern: str) -> Check:
-    compiled = re.compile(pattern)
-    return Check("a string", (str,), lambda value: None if compiled.fullmatch(value) else f"must match {pattern}")
-
-
-def _number(low: float, high: float, whole: bool = True) -> Check:
-    kind, types = ("a whole number", (int,)) if whole else ("a number", (int, float))
-    return Check(kind, types, lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}")
-
-
-def _accept_time(value: str) -> str | None:
-    try:
-        moment = msgspec.convert(value, Annotated[datetime, msgspec.Meta(tz=True)]).astimezone(UTC)
-    except (msgspec.ValidationError, OverflowError):
-        return "must be an RFC 3339 time with an offset"
-    return None if 1970 <= moment.year <= 9990 else "must be from 1970 to 9990"
-
-
-class SmallObject:
-    """A JSON object that is kept as its text: at most so many bytes, and what of it is read must make a `kind`."""
-
-    def __init__(self, limit_bytes: int, kind: type[Any] | None = None) -> None:
-        self.limit_bytes, self.kind = limit_bytes, kind
-
-    def structure(self, raw: msgspec.Raw) -> str:
-        """The text. Raises ValueError, or cattrs' errors for the part that is read."""
-        text = bytes(raw)
-        if len(text) > self.limit_bytes:
-            raise ValueError(f"must have at most {self.limit_bytes:,} bytes")
-        fields = _decode_as(dict[str, msgspec.Raw], raw, "an object")
-        if self.kind:
-            _converter.structure(fields, self.kind)
-        return _structure_raw(raw, str)
-
-
-Name = Annotated[str, _pattern(r"[A-Za-z0-9._:/@+-]{1,100}")]
-OwnerRef = Annotated[str, _text(1, 500)]
-WorkerId = Annotated[str, _text(1, 200)]
-Message = Annotated[str, Check("a string", (str,), lambda value: "must not contain a NUL character" if "\x00" in value else None)]
-Key = Annotated[str, _text(1, 500)]
-UUID = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-Uuid = Annotated[str, _pattern(UUID.pattern)]
-Category = Annotated[str, _pattern("[a-z][a-z0-9_]{0,63}")]
-Traceparent = Annotated[str, _pattern("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")]
-Moment = Annotated[str, Check("a string", (str,), _accept_time)]
-Flag = Annotated[bool, Check("true or false", (bool,), lambda value: None)]
-Priority = Annotated[int, _number(-10, 10)]
-MaxAttempts = Annotated[int, _number(1, 100)]
-ClaimLimit = Annotated[int, _number(1, 1000)]
-Lease = Annotated[float, _number(5, 86_400, whole=False)]
-Wait = Annotated[float, _number(0, 60, whole=False)]
-# A job may be put off by a year at most: longer is a mistake of units.
-Delay = Annotated[float, _number(0, 366 * 86_400, whole=False)]
-Count = Annotated[int, _number(0, 10**15)]
-Seconds = Annotated[float, _number(0, 10**12, whole=False)]
-
-
-@attrs.frozen
-class JobDefaults:
-    """What the jobs of a batch may have in common."""
-
-    owner_service: Name | None = None
-    task_type: Name | None = None
-    model_profile: Name | None = None
-    input: RawJson | None = None
-    priority: Priority | None = None
-    run_at: Moment | None = None
-    expires_at: Moment | None = None
-    max_attempts: MaxAttempts | None = None
-    traceparent: Traceparent | None = None
-
-
-@attrs.frozen
-class NewJob:
-    """A job to create. Times are RFC 3339; a `run_at` in the past counts as now."""
-
-    owner_service: Name
-    task_type: Name
-    model_profile: Name
-    owner_ref: OwnerRef
-    input: RawJson
-    priority: Priority | None = None
-    run_at: Moment | None = None
-    expires_at: Moment | None = None
-    max_attempts: MaxAttempts | None = None
-    idempotency_key: Key | None = None
-    traceparent: Traceparent | None = None
-
-
-@attrs.frozen
-class Usage:
-    """The parts of a usage that are counted; others are kept as they are."""
-
-    prompt_tokens: Count | None = None
-    completion_tokens: Count | None = None
-    total_tokens: Count | None = None
-    audio_seconds: Seconds | None = None
-
-
-@attrs.frozen
-class ProviderReport:
-    """What a worker says of one of its providers."""
-
-    name: Annotated[str, _text(1, 100)]
-    status: Annotated[str, _text(1, 100)]
-    circuit: Annotated[str, _text(0, 100)] | None = None
-    model_profiles: list[Name] | None = None
-    detail: Annotated[str, _text(0, 2000)] | None = None
-
-
-@attrs.frozen
-class WorkerReport:
-    """What a worker says of itself."""
-
-    version: Annotated[str, _text(1, 100)] | None = None
-    capacity: Count | None = None
-    running: Count | None = None
-    providers: list[ProviderReport] | None = None
-
-
-# Read leniently: a newer worker may say more than this release knows.
-LENIENT = (Usage, ProviderReport, WorkerReport)
-UsageText = Annotated[str, SmallObject(4096, Usage)]
-ProgressText = Annotated[str, SmallObject(4096)]
-ReportText = Annotated[str, SmallObject(8192, WorkerReport)]
-
-
-@attrs.frozen
-class ClaimRequest:
-    """A wish for pending jobs; an absent filter is any. Lease and wait in seconds."""
-
-    worker_id: WorkerId
-    limit: ClaimLimit | None = None
-    model_profiles: list[Name] | None = None
-    task_types: list[Name] | None = None
-    owner_services: list[Name] | None = None
-    lease_seconds: Lease | None = None
-    wait_seconds: Wait | None = None
-    claim_id: Uuid | None = None
-    worker: ReportText | None = None
-
-    @property
-    def filters(self) -> tuple[tuple[str, ...] | None, ...]:
-        """Profiles, types and owners, sorted: requests with the same ones are claimed for together."""
-        wanted = (self.model_profiles, self.task_types, self.owner_services)
-        return tuple(tuple(sorted(set(names))) if names is not None else None for names in wanted)
-
-
-@attrs.frozen
-class Completion:
-    claim_id: Uuid
-    result: RawJson
-    usage: UsageText | None = None
-
-
-@attrs.frozen
-class Failure:
-    claim_id: Uuid
-    category: Category
-    message: Message
-    retryable: Flag | None = None
-    retry_in_seconds: Delay | None = None
-    usage: UsageText | None = None
-
-
-@attrs.frozen
-class Heartbeat:
-    claim_id: Uuid
-    lease_seconds: Lease | None = None
-    progress: ProgressText | None = None
-
-
-@attrs.frozen
-class Release:
-    claim_id: Uuid
-    delay_seconds: Delay | None = None
-
-
-RETRYABLE = ("failed", "cancelled", "running")
-Retryable = Annotated[str, _pattern("failed|cancelled|running")]
-
-
-@attrs.frozen
-class Retry:
-    from_: list[Retryable] | None = None
-
-
-@attrs.frozen
-class Cancellation:
-    reason: Message | None = None
-
-
-@attrs.frozen
-class JobIds:
-    ids: list[Annotated[str, _text(0, 100)]]
-
-
-Status = Annotated[str, _pattern("pending|running|completed|failed|cancelled")]
-
-
-@attrs.frozen
-class JobFilter:
-    """Which jobs to look at. Several values of a field are alternatives, several fields must all fit."""
-
-    status: list[Status] | None = None
-    owner_service: list[Name] | None = None
-    owner_ref: list[OwnerRef] | None = None
-    task_type: list[Name] | None = None
-    model_profile: list[Name] | None = None
-    error_category: list[Category] | None = None
-    created_after: Moment | None = None
-    created_before: Moment | None = None
-
-
-@attrs.frozen
-class Listing(JobFilter):
-    limit: Annotated[int, _number(1, 500)] | None = None
-    cursor: Uuid | None = None
-
-
-@attrs.frozen
-class BulkHeartbeat:
-    worker: ReportText | None = None
-
-
-@attrs.frozen
-class RetryFilter(JobFilter):
-    """Which jobs to retry: the same, but a single value may stand without its list, and running jobs are left alone."""
-
-    status: list[Annotated[str, _pattern("failed|cancelled")]] | None = None
-
-
-@attrs.frozen
-class BulkRetry:
-    filter: RawJson
-    limit: Annotated[int, _number(1, MAX_BULK)] | None = None
-
-
-@attrs.frozen
-class PauseRequest:
-    model_profiles: list[Name] | None = None
-    task_types: list[Name] | None = None
-    owner_services: list[Name] | None = None
-
-
-@attrs.frozen
-class Nothing:
-    """A request without fields."""
-
-
-@attrs.frozen
-class JobQuery:
-    include: Annotated[str, _pattern("input")] | None = None
-    wait_seconds: Wait | None = None
-
-
-@attrs.frozen
-class StatsQuery:
-    window_seconds: (
-        Annotated[
-            int,
-            Check("a whole number", (int,), lambda value: None if value in (3600, 86_400, 604_800) else "must be 3600, 86400 or 604800"),
-        ]
-        | None
-    ) = None
-
-
-# ── Reading of requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_converter = cattrs.Converter(detailed_validation=True)
-_openers = re.compile(rb"[\[{]")
-
-
-def _structure_raw(raw: msgspec.Raw, _: Any) -> str:
-    text = bytes(raw)
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
-        raise TooDeep
-    return text.decode()
-
-
-def _depth(text: bytes) -> int:
-    """How deep JSON is nested: what is no bracket and what stands in strings is taken out first."""
-    bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", text))
-    steps = (1 if byte in b"[{" else -1 for byte in re.sub(rb"[^\[\]{}]", b"", bare))
-    return max(itertools.accumulate(steps), default=0)
-
-
-def _structure_leaf(annotated: Any) -> Callable[[msgspec.Raw, Any], Any]:
-    check: Check | SmallObject = get_args(annotated)[1]
-    return lambda raw, _: check.structure(raw)
-
-
-def _structure_optional(optional: Any) -> Callable[[Any, Any], Any]:
-    (present,) = (part for part in get_args(optional) if part is not type(None))
-    structure = _converter.get_structure_hook(present)
-    return lambda raw, _: None if bytes(raw) == b"null" else structure(raw, present)
-
-
-def _structure_list(kind: Any) -> Callable[[msgspec.Raw, Any], list[Any]]:
-    (part,) = get_args(kind)
-    structure = _converter.get_structure_hook(part)
-
-    def read(raw: msgspec.Raw, _: Any) -> list[Any]:
-        items: list[Any] = []
-        errors: list[Exception] = []
-        for position, item in enumerate(_decode_as(list[msgspec.Raw], raw, "a list")):
-            try:
-                items.append(structure(item, part))
-            except Exception as error:  # collected: all problems of a body are reported at once
-                error.add_note(IterableValidationNote("", position, part))
-                errors.append(error)
-        if errors:
-            raise IterableValidationError("", errors, kind)
-        return items
-
-    return read
-
-
-def _structure_object(kind: Any) -> Callable[[Any, Any], Any]:
-    names = {"from_": cattrs.override(rename="from")} if kind is Retry else {}
-    structure = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=kind not in LENIENT, **names)
-    return lambda raw, _: structure(raw if isinstance(raw, dict) else _decode_as(dict[str, msgspec.Raw], raw, "an object"), kind)
-
-
-def _decode_as(kind: type[T], raw: msgspec.Raw | bytes, called: str) -> T:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError:
-        raise ValueError(f"must be {called}") from None
-
-
-_converter.register_structure_hook_func(lambda kind: kind is RawJson, _structure_raw)
-_converter.register_structure_hook_factory(attrs.has, _structure_object)
-_converter.register_structure_hook_factory(lambda kind: get_origin(kind) is list, _structure_list)
-_converter.register_structure_hook_factory(lambda kind: get_origin(kind) is Annotated, _structure_leaf)
-_converter.register_structure_hook_factory(lambda kind: type(None) in get_args(kind), _structure_optional)
-
-
-def structure(value: Any, kind: type[T], at: str = "") -> T:
-    """Makes `kind` of raw JSON or of a dict of it. Raises ValidationFailed with every problem, as JSON pointers below `at`."""
-    try:
-        return _converter.structure(value, kind)
-    except (cattrs.BaseValidationError, ValueError) as error:
-        causes = list(_causes(error, at))
-    problems = [problem for path, cause in causes for problem in _problems(path, cause)]
-    too_deep = any(isinstance(cause, TooDeep) for _, cause in causes)
-    raise (TooDeep if too_deep else ValidationFailed)(errors=problems)
-
-
-def _causes(error: BaseException, at: str) -> Iterator[tuple[str, BaseException]]:
-    """What went wrong in the leaves of cattrs' tree of exceptions, each with its JSON pointer."""
-    if not isinstance(error, cattrs.BaseValidationError):
-        yield at, error
-        return
-    for part in error.exceptions:
-        notes = (note for note in getattr(part, "__notes__", ()) if isinstance(note, AttributeValidationNote | IterableValidationNote))
-        step = "".join(f"/{_pointer(getattr(note, 'name', getattr(note, 'index', '')))}" for note in notes)
-        yield from _causes(part, at + step)
-
-
-def _problems(at: str, cause: BaseException) -> list[dict[str, str]]:
-    if isinstance(cause, cattrs.ForbiddenExtraKeysError):
-        return [{"path": f"{at}/{_pointer(name)}", "message": "is not a field of this request"} for name in sorted(cause.extra_fields)]
-    return [{"path": at, "message": "is required" if isinstance(cause, KeyError) else str(cause)}]
-
-
-def _pointer(name: Any) -> str:
-    return "from" if name == "from_" else str(name).replace("~", "~0").replace("/", "~1")
-
-
-def read_object(body: bytes) -> dict[str, msgspec.Raw]:
-    """The members of the JSON object in a request's body, unread; an empty body is `{}`. Of duplicate keys the last wins."""
-    if not body.strip():
-        return {}
-    try:
-        body.decode()
-        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        raise ValidationFailed(errors=[{"path": "", "message": "must be an object"}]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MalformedJson(str(error)) from None
-    except RecursionError:
-        raise TooDeep from None
-
-
-def read_body(body: bytes, kind: type[T]) -> T:
-    """A request's body as `kind`. Raises MalformedJson, TooDeep or ValidationFailed."""
-    return structure(read_object(body), kind)
-
-
-def read_items(body: bytes, high: int, beside: Sequence[str] = ()) -> tuple[list[msgspec.Raw], dict[str, msgspec.Raw]]:
-    """The unread members of `jobs`, 1 to `high`, and the fields beside it. Raises ValidationFailed."""
-    fields = read_object(body)
-    problems = [
-        {"path": f"/{_pointer(name)}", "message": "is not a field of this request"} for name in fields if name not in ("jobs", *beside)
-    ]
-    items: list[msgspec.Raw] = []
-    try:
-        items = _decode_as(list[msgspec.Raw], fields.pop("jobs"), "a list")
-        if not 1 <= len(items) <= high:
-            problems.append({"path": "/jobs", "message": f"must have 1 to {high:,} items"})
-    except (KeyError, ValueError) as error:
-        problems += _problems("/jobs", error)
-    if problems:
-        raise ValidationFailed(errors=problems)
-    return items, fields
-
-
-def read_batch(body: bytes) -> list[NewJob]:
-    """The jobs of a batch with its defaults filled in: a field that is present in the job wins, null too."""
-    items, beside = read_items(body, MAX_BATCH, ["defaults"])
-    defaults: dict[str, msgspec.Raw] = {}
-    if "defaults" in beside:
-        structure(beside["defaults"], JobDefaults, "/defaults")
-        defaults = _decode_as(dict[str, msgspec.Raw], beside["defaults"], "an object")
-    jobs: list[NewJob] = []
-    refusals: list[Refusal] = []
-    for position, item in enumerate(items):
-        try:
-            jobs.append(structure_item(item, NewJob, f"/jobs/{position}", defaults))
-        except Refusal as refusal:
-            refusals.append(refusal)
-    if refusals:
-        too_deep = any(isinstance(refusal, TooDeep) for refusal in refusals)
-        raise (TooDeep if too_deep else ValidationFailed)(errors=[problem for refusal in refusals for problem in refusal.errors])
-    return jobs
-
-
-def structure_item(item: msgspec.Raw, kind: type[T], at: str, defaults: Mapping[str, msgspec.Raw]) -> T:
-    """One member of a list of requests over its defaults. Raises what `structure` raises."""
-    try:
-        fields = _decode_as(dict[str, msgspec.Raw], item, "an object")
-    except ValueError as error:
-        raise ValidationFailed(errors=_problems(at, error)) from None
-    return structure({**defaults, **fields}, kind, at)
-
-
-def alternatives(text: str) -> Any:
-    """The members of a filter's JSON object, where a single value may stand for a list of one."""
-    with contextlib.suppress(ValueError):
-        fields = _decode_as(dict[str, msgspec.Raw], text.encode(), "an object")
-        return {name: _listed(raw) if _is_list(RetryFilter, name) else raw for name, raw in fields.items()}
-    return msgspec.Raw(text.encode())
-
-
-def _listed(raw: msgspec.Raw) -> msgspec.Raw:
-    text = bytes(raw)
-    return raw if text[:1] in b"[n" else msgspec.Raw(b"[" + text + b"]")
-
-
-def read_query(params: Mapping[str, str | list[str]], kind: type[T]) -> T:
-    """Query parameters as `kind`. Raises ValidationFailed; a path is the parameter's name with a question mark."""
-    fields: dict[str, msgspec.Raw] = {}
-    for name, value in params.items():
-        values = value if isinstance(value, list) else [value]
-        texts = [
-            text if re.fullmatch(r"-?\d+(\.\d+)?", text) and not _is_list(kind, name) else msgspec.json.encode(text).decode()
-            for text in values
-        ]
-        fields[name] = msgspec.Raw((f"[{','.join(texts)}]" if _is_list(kind, name) else texts[-1]).encode())
-    try:
-        return structure(fields, kind)
-    except ValidationFailed as refusal:
-        raise ValidationFailed(errors=[{**problem, "path": "?" + problem["path"][1:]} for problem in refusal.errors]) from None
-
-
-def _is_list(kind: type[Any], name: str) -> bool:
-    field = attrs.fields_dict(kind).get(name)
-    return field is not None and any(get_origin(part) is list for part in get_args(field.type))
-
-
-# ── Database ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-SCHEMA_VERSION = 1
-SCHEMA_FILE = Path(__file__).with_name("schema.sql")
-STATEMENT_SECONDS, LOCK_SECONDS, CONNECT_SECONDS, LEND_SECONDS = 30, 5, 5, 5
-
-# What a session is set to unless DATABASE_URL's `options` say otherwise. A statement may not outlive the minute that `fold` looks back.
-SESSION = {
-    "statement_timeout": f"{STATEMENT_SECONDS}s",
-    "lock_timeout": f"{LOCK_SECONDS}s",
-    "idle_in_transaction_session_timeout": "30s",
-    "timezone": "UTC",
-    "jit": "off",
-    "client_min_messages": "warning",
-}
-
-# 08 connection, 25006 read-only, 40001 serialization, 40P01 deadlock, 53 resources, 55P03 lock, 57 operator's intervention and time-outs.
-_AWAY = re.compile("08...|25006|57P0[1-3]|53[124]00|28...|3D000")
-_BUSY = re.compile("40001|40P01|53300|55P03|57014")
-_REFUSALS = {"AIS01": IdempotencyKeyReused, "AIS02": TooManyCombinations}
-_UNREACHABLE = (DatabaseUnreachable, pg8000.native.InterfaceError, OSError)
-
-
-class Database:
-    """A small pool of connections, handed out last in, first out. Each call is one prepared statement, one round trip and one commit.
-
-    A connection that breaks is dropped and replaced; what the server says by SQLSTATE becomes a Refusal. Safe for threads.
-    """
-
-    def __init__(self, address: DatabaseAddress, schema: str, connections: int) -> None:
-        self.address, self.schema = address, schema
-        self._free: list[Connection] = []
-        self._places = threading.Semaphore(connections)
-
-    def run(self, statement: str, seconds: float = STATEMENT_SECONDS + 5, **values: Any) -> list[list[Any]]:
-        """The rows of a statement with named parameters, whose values go in as text. Raises a Refusal, or DatabaseError for our own mistakes."""
-        with self._lent(seconds) as connection:
-            return connection.run(statement, {name: literal(value) for name, value in values.items()})
-
-    def script(self, text: str) -> list[list[Any]]:
-        """Runs statements without parameters on a connection of its own, in one transaction. Raises like `run`."""
-        with self._translated():
-            connection = Connection(self.address, self.schema)
-        try:
-            with self._translated():
-                return connection.script(text)
-        finally:
-            connection.close()
-
-    def close(self) -> None:
-        """Closes the connections that are not in use."""
-        while self._free:
-            self._free.pop().close()
-
-    @contextlib.contextmanager
-    def _lent(self, seconds: float) -> Iterator["Connection"]:
-        if not self._places.acquire(timeout=min(seconds, LEND_SECONDS)):
-            raise DatabaseBusy("all database connections are in use")
-        connection: Connection | None = None
-        try:
-            with self._translated():
-                connection = self._alive() or Connection(self.address, self.schema)
-                connection.limit(seconds)
-                yield connection
-        except (DatabaseUnavailable, *_UNREACHABLE):
-            if connection:
-                connection.close()
-            raise
-        except BaseException:
-            self._keep(connection)
-            raise
-        else:
-            self._keep(connection)
-        finally:
-            self._places.release()
-
-    def _alive(self) -> "Connection | None":
-        with contextlib.suppress(IndexError):
-            while True:
-                connection = self._free.pop()
-                if connection.is_quiet():
-                    return connection
-                connection.close()
-        return None
-
-    def _keep(self, connection: "Connection | None") -> None:
-        if connection:
-            self._free.append(connection)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _translated() -> Iterator[None]:
-        try:
-            yield
-        except pg8000.native.DatabaseError as error:
-            raise refusal_of(error) or error from None
-        except _UNREACHABLE as error:
-            state = getattr(error, "sqlstate", None) or ""
-            log.warning("database_unreachable error=%s sqlstate=%s", type(error).__name__, state)
-            raise (DatabaseBusy if _BUSY.fullmatch(state) else DatabaseUnavailable)() from None
-
-
-class Connection:
-    """One session of PostgreSQL with its prepared statements."""
-
-    def __init__(self, address: DatabaseAddress, schema: str) -> None:
-        self._session = address.connect(timeout_seconds=CONNECT_SECONDS)
-        self._prepared: dict[str, pg8000.native.PreparedStatement] = {}
-        wanted = ", ".join(f"('{name}', '{value}')" for name, value in SESSION.items())
-        self._session.run(
-            f"set search_path = {schema}; "
-            f"select set_config(s.name, w.value, false) from (values {wanted}) w (name, value) join pg_settings s on s.name = w.name "
-            "where s.source <> 'client'; "
-            "select set_config('synchronous_commit', 'on', false) from pg_settings where name = 'synchronous_commit' and setting = 'off'"
-        )
-
-    def run(self, statement: str, values: Mapping[str, str | None]) -> list[list[Any]]:
-        """The rows of a prepared statement."""
-        prepared = self._prepared.get(statement)
-        if prepared is None:
-            prepared = self._prepared[statement] = self._session.prepare(statement)
-        return list(prepared.run(**values) or ())
-
-    def script(self, text: str) -> list[list[Any]]:
-        """The rows of the last of some statements."""
-        self.limit(600)
-        return list(self._session.run(text) or ())
-
-    def limit(self, seconds: float) -> None:
-        """How long the socket may stay silent."""
-        self._session._usock.settimeout(seconds)  # noqa: SLF001  pg8000 has no public name for it
-
-    def is_quiet(self) -> bool:
-        """Whether nothing has come unasked: a server that went away says so, or closes, on an idle connection."""
-        watch = select.poll()
-        watch.register(self._session._usock, select.POLLIN)  # noqa: SLF001
-        return not watch.poll(0)
-
-    def close(self) -> None:
-        """Closes the session; one that broke is closed already."""
-        with contextlib.suppress(*_UNREACHABLE):
-            self._session.close()
-
-
-def refusal_of(error: pg8000.native.DatabaseError) -> Refusal | None:
-    """What an error of PostgreSQL means for the request; None where it is our own mistake."""
-    fields = error.args[0] if error.args and isinstance(error.args[0], dict) else {}
-    state = fields.get("C", "")
-    if state in _REFUSALS:
-        return _REFUSALS[state]()
-    if _BUSY.fullmatch(state):
-        return DatabaseBusy()
-    if _AWAY.fullmatch(state):
-        return DatabaseUnavailable()
-    if state in ("42P01", "3F000", "42883"):
-        return SchemaMissing()
-    if state in ("22P02", "22P05", "22021", "54001"):
-        return MalformedJson("PostgreSQL does not accept the JSON in this request")
-    if state.startswith(("22", "23")):
-        return ValidationFailed(errors=[{"path": "", "message": "PostgreSQL does not accept a value of this request"}])
-    return None
-
-
-def literal(value: Any) -> str | None:
-    """A value as PostgreSQL reads it from text; a list becomes an array."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple):
-        return "{" + ",".join(map(_element, value)) + "}"
-    return str(value)
-
-
-def _element(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return str(value)
-
-
-def migrate(database: Database) -> None:
-    """Applies `schema.sql` where the database has an older one: in one transaction, one process at a time. Raises a Refusal."""
-    if schema_version(database) >= SCHEMA_VERSION:
-        return
-    name = database.schema
-    exists = database.script(f"select to_regnamespace('{name}') is not null")[0][0]
-    database.script(
-        "begin; set local statement_timeout = 0; set local lock_timeout = '2min'; "
-        f"select pg_advisory_xact_lock(hashtextextended('ai_service schema {name}', 0)); "
-        f"set local lock_timeout = '5s'; {'' if exists else f'create schema if not exists {name};'}\n{SCHEMA_FILE.read_text()}\n"
-        f"insert into schema_version (version) values ({SCHEMA_VERSION}) on conflict do nothing; commit"
-    )
-    log.info("schema_applied version=%d schema=%s", SCHEMA_VERSION, name)
-
-
-def schema_version(database: Database) -> int:
-    """The version of the schema in the database; 0 without one. Raises a Refusal."""
-    try:
-        return int(database.run("-- database.schema_version\nselect coalesce(max(version), 0) from schema_version", seconds=3)[0][0])
-    except SchemaMissing:
-        return 0
-
-
 # ── Queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_CLAIM_LIMIT = 1000
 FULL_PROBE_SECONDS = 5.0
 FLOOR_LAG_SECONDS = 1.0
 
@@ -914,7 +204,12 @@ class JobText:
     result: str | None = None
     input: str | None = None
 
-    def render(self, with_result: bool = True, with_input: bool = False) -> str:
+    @property
+    def is_finished(self) -> bool:
+        """Whether the job has ended. The first key of that name is the job's own: others stand in objects behind it."""
+        return not self.facts.partition('"finished_at":')[2].startswith("null")
+
+    def render(self, *, with_result: bool = True, with_input: bool = False) -> str:
         """The job as one JSON object."""
         text = self.facts[:-1]
         if with_result:
@@ -952,8 +247,8 @@ class Beat:
 class Floors:
     """Below which seq nothing is left in a lane, as far as this process has claimed: where a probe may start.
 
-    Under a long-held snapshot consumed index entries cannot be removed, and a probe from the lane's head would step over all of them. A floor
-    follows with a lag, for creates that commit late, and is left out of a probe every few seconds, for those that commit later still.
+    Under a long-held snapshot consumed index entries cannot be removed, and a probe from the lane's head would step over all of them.
+    A floor follows with a lag, for creates that commit late, and every few seconds a probe goes without, for what commits later still.
     """
 
     def __init__(self) -> None:
@@ -978,6 +273,45 @@ class Floors:
             self._fresh[lane] = max(seq, self._fresh.get(lane, 0), self._safe.get(lane, 0))
 
 
+_CREATE = (
+    "create_jobs_v1(:owners::text[], :task_types::text[], :profiles::text[], :priorities::int[], :lane_nos::int[], :owner_refs::text[], "
+    ":inputs::text[], :sizes::int[], :max_attempts::int[], :run_ats::timestamptz[], :expires_ats::timestamptz[], :keys::text[], "
+    ":traceparents::text[])"
+)
+_COMPLETE = (
+    "complete_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :results::text[], :usages::text[], "
+    ":prompts::bigint[], :completions::bigint[], :totals::bigint[], :audios::float8[])"
+)
+_FAIL = (
+    "fail_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :categories::text[], :messages::text[], :retryables::boolean[], :delays::float8[], "
+    ":usages::text[], :prompts::bigint[], :completions::bigint[], :totals::bigint[], :audios::float8[])"
+)
+_RELEASE = "release_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :delays::float8[])"
+
+_CONDITIONS = {
+    "status": "(('pending' = any (:status::text[]) and (exists (select from ready r where r.job_id = j.id) "
+    "or exists (select from waiting w where w.job_id = j.id))) "
+    "or ('running' = any (:status::text[]) and exists (select from held h where h.job_id = j.id)) "
+    "or exists (select from ended e where e.job_id = j.id and e.status = any (:status::text[])))",
+    "owner_service": "j.lane_id in (select id from lane where owner_service = any (:owner_service::text[]))",
+    "owner_ref": "j.owner_ref = any (:owner_ref::text[])",
+    "task_type": "j.lane_id in (select id from lane where task_type = any (:task_type::text[]))",
+    "model_profile": "j.lane_id in (select id from lane where model_profile = any (:model_profile::text[]))",
+    "error_category": "exists (select from ended e where e.job_id = j.id and e.error_category = any (:error_category::text[]))",
+    "created_after": "j.created_at > :created_after::timestamptz",
+    "created_before": "j.created_at < :created_before::timestamptz",
+    "before": "j.id < :before::uuid",
+}
+
+
+def _one_of(call: str) -> str:
+    """A statement that calls for one job and then reads it: the job's text depends on the outcome, so it is read after."""
+    return (
+        f"select o.outcome, t.facts, t.result from {call} o left join lateral "  # noqa: S608  a constant of this module
+        "job_texts_v1(case when o.outcome = 'ok' then :ids::uuid[] else '{}' end, true, false) t on true"
+    )
+
+
 class Queue:
     """A job's life in PostgreSQL, one statement each. Times are the database's. Every method raises a Refusal."""
 
@@ -988,22 +322,14 @@ class Queue:
 
     def create(self, jobs: Sequence[NewJob]) -> list[Created]:
         """Creates jobs, all or none; a job whose idempotency_key exists is the one that exists."""
-        rows = self.database.run(
-            "-- queue.create\n"
-            "select id::text, status, created from create_jobs_v1(:owners::text[], :task_types::text[], :profiles::text[], :priorities::int[], "
-            ":lane_nos::int[], :owner_refs::text[], :inputs::text[], :sizes::int[], :max_attempts::int[], :run_ats::timestamptz[], "
-            ":expires_ats::timestamptz[], :keys::text[], :traceparents::text[])",
-            **_columns(jobs),
-        )
+        rows = self.database.run(f"-- queue.create\nselect id::text, status, created from {_CREATE}", **_columns(jobs))
         return [Created(*row) for row in rows]
 
     def create_one(self, job: NewJob) -> tuple[bool, str, JobText]:
         """Creates one job: whether it is new, its id and text."""
         row = self.database.run(
             "-- queue.create_one\n"
-            "select c.created, c.id::text, t.facts, t.result from create_jobs_v1(:owners::text[], :task_types::text[], :profiles::text[], "
-            ":priorities::int[], :lane_nos::int[], :owner_refs::text[], :inputs::text[], :sizes::int[], :max_attempts::int[], "
-            ":run_ats::timestamptz[], :expires_ats::timestamptz[], :keys::text[], :traceparents::text[]) c "
+            f"select c.created, c.id::text, t.facts, t.result from {_CREATE} c "
             "cross join lateral job_texts_v1(array[c.id], not c.created, false) t",
             **_columns([job]),
         )[0]
@@ -1014,8 +340,9 @@ class Queue:
         profiles, types, owners = requests[0].filters
         rows = self.database.run(
             "-- queue.claim\n"
-            "select n, outcome, jobs, lane_ids, seqs, owner_order from claim_jobs_v1(:profiles::text[], :task_types::text[], :owners::text[], "
-            ":served::text[], :floors::bigint[], :claim_ids::uuid[], :worker_ids::text[], :leases::float8[], :limits::int[]) order by n",
+            "select n, outcome, jobs, lane_ids, seqs, owner_order "
+            "from claim_jobs_v1(:profiles::text[], :task_types::text[], :owners::text[], :served::text[], :floors::bigint[], "
+            ":claim_ids::uuid[], :worker_ids::text[], :leases::float8[], :limits::int[]) order by n",
             profiles=profiles,
             task_types=types,
             owners=owners,
@@ -1043,7 +370,7 @@ class Queue:
         """Extends one lease; its new end as JSON."""
         done = self.heartbeat([job_id], [beat])[0]
         if done.outcome != "ok":
-            raise OUTCOMES[done.outcome]()
+            raise OUTCOMES[done.outcome]
         return msgspec.json.encode({"lease_expires_at": done.lease_expires_at, "lease_seconds": done.lease_seconds}).decode()
 
     def heartbeat(self, ids: Sequence[str], beats: Sequence[Heartbeat]) -> list[Beat]:
@@ -1089,7 +416,7 @@ class Queue:
     def _finish_one(self, statement: str, job_id: str, columns: Mapping[str, Any]) -> JobText:
         outcome, facts, result = self.database.run(statement, ids=[job_id], **columns)[0]
         if outcome != "ok":
-            raise OUTCOMES[outcome]()
+            raise OUTCOMES[outcome]
         return JobText(facts, result)
 
     def retry_one(self, job_id: str, statuses: Sequence[str]) -> JobText:
@@ -1114,9 +441,9 @@ class Queue:
         """Erases a finished job and its payloads."""
         outcome = self.database.run("-- queue.delete\nselect delete_job_v1(:job_id::uuid)", job_id=job_id)[0][0]
         if outcome != "ok":
-            raise OUTCOMES[outcome]()
+            raise OUTCOMES[outcome]
 
-    def get(self, job_id: str, with_input: bool = False) -> JobText:
+    def get(self, job_id: str, *, with_input: bool = False) -> JobText:
         """One job with its result."""
         rows = self.database.run(
             "-- queue.get\nselect facts, result, input from job_texts_v1(array[:job_id::uuid], true, :with_input::boolean)",
@@ -1135,16 +462,11 @@ class Queue:
 
     def list_ids(self, wanted: JobFilter, limit: int, before: str | None = None) -> list[str]:
         """Ids of jobs that fit, newest first."""
-        conditions = [_CONDITIONS[name] for name, value in attrs.asdict(wanted).items() if value is not None and name in _CONDITIONS]
-        if before:
-            conditions.append("j.id < :before::uuid")
-        values = {name: value for name, value in attrs.asdict(wanted).items() if value is not None and name in _CONDITIONS}
-        rows = self.database.run(
-            f"-- queue.list\nselect j.id::text from job j where {' and '.join(['true', *conditions])} order by j.id desc limit :limit::int",
-            limit=limit,
-            **values,
-            **({"before": before} if before else {}),
-        )
+        values = {name: value for name, value in attrs.asdict(wanted).items() if name in _CONDITIONS and value is not None}
+        values |= {"before": before} if before else {}
+        conditions = " and ".join(["true", *(_CONDITIONS[name] for name in values)])
+        statement = f"-- queue.list\nselect j.id::text from job j where {conditions} order by j.id desc limit :at_most::int"
+        rows = self.database.run(statement, at_most=limit, **values)
         return [row[0] for row in rows]
 
     def pause(self, owners: Sequence[str] | None, types: Sequence[str] | None, profiles: Sequence[str] | None) -> str:
@@ -1200,38 +522,6 @@ class Queue:
         return bool(self.database.run(statement, retention=f"{retention.total_seconds()} seconds")[0][0])
 
 
-_COMPLETE = (
-    "complete_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :results::text[], :usages::text[], "
-    ":prompts::bigint[], :completions::bigint[], :totals::bigint[], :audios::float8[])"
-)
-_FAIL = (
-    "fail_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :categories::text[], :messages::text[], :retryables::boolean[], :delays::float8[], "
-    ":usages::text[], :prompts::bigint[], :completions::bigint[], :totals::bigint[], :audios::float8[])"
-)
-_RELEASE = "release_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :delays::float8[])"
-
-_CONDITIONS = {
-    "status": "(('pending' = any (:status::text[]) and (exists (select from ready r where r.job_id = j.id) or exists (select from waiting w where w.job_id = j.id))) "
-    "or ('running' = any (:status::text[]) and exists (select from held h where h.job_id = j.id)) "
-    "or exists (select from ended e where e.job_id = j.id and e.status = any (:status::text[])))",
-    "owner_service": "j.lane_id in (select id from lane where owner_service = any (:owner_service::text[]))",
-    "owner_ref": "j.owner_ref = any (:owner_ref::text[])",
-    "task_type": "j.lane_id in (select id from lane where task_type = any (:task_type::text[]))",
-    "model_profile": "j.lane_id in (select id from lane where model_profile = any (:model_profile::text[]))",
-    "error_category": "exists (select from ended e where e.job_id = j.id and e.error_category = any (:error_category::text[]))",
-    "created_after": "j.created_at > :created_after::timestamptz",
-    "created_before": "j.created_at < :created_before::timestamptz",
-}
-
-
-def _one_of(call: str) -> str:
-    """A statement that calls for one job and then reads it: the job's text depends on the outcome, so it is read after."""
-    return (
-        f"select o.outcome, t.facts, t.result from {call} o left join lateral "
-        "job_texts_v1(case when o.outcome = 'ok' then :ids::uuid[] else '{}' end, true, false) t on true"
-    )
-
-
 def _columns(jobs: Sequence[NewJob]) -> dict[str, Any]:
     """Jobs as arrays, the distinct lanes apart: jobs point into them."""
     lanes: dict[tuple[str, str, str, int], int] = {}
@@ -1273,13 +563,8 @@ def _release_columns(releases: Sequence[Release]) -> dict[str, Any]:
     return {"claim_ids": [release.claim_id for release in releases], "delays": [release.delay_seconds for release in releases]}
 
 
-def counted_usage(usage: str | None) -> Usage:
-    """What of a usage is counted; absent is not zero."""
-    return _converter.structure(msgspec.json.decode(usage or "{}", type=dict[str, msgspec.Raw]), Usage)
-
-
 def _usage_columns(usages: Sequence[str | None]) -> dict[str, Any]:
-    counted = [counted_usage(usage) for usage in usages]
+    counted = [count_usage(usage) for usage in usages]
     return {
         "usages": usages,
         "prompts": [usage.prompt_tokens for usage in counted],
@@ -1606,13 +891,18 @@ def problem(refusal: Refusal) -> dict[str, Any]:
     status = STATUS_OF.get(type(refusal), 500)
     body = {
         "type": f"urn:ai-service:problem:{refusal.code}",
-        "title": refusal.title,
+        "title": refusal.title(),
         "status": status,
         "detail": refusal.detail,
         "code": refusal.code,
         "retryable": status == 503,
     }
     return body | ({"errors": refusal.errors} if refusal.errors else {})
+
+
+def refused_by_server(status: int, reason: str) -> dict[str, Any]:
+    """Problem details for what the server refuses before routing."""
+    return problem(BodyTooLarge() if status == 413 else MalformedRequest(reason)) | {"status": status}
 
 
 def answer_refusal(_request: falcon.Request, response: falcon.Response, refusal: Refusal, _params: Any) -> None:
@@ -1631,8 +921,7 @@ def answer_falcon_error(request: falcon.Request, response: falcon.Response, erro
     if error.status_code == 400:
         return answer_refusal(request, response, ValidationFailed(error.description), params)
     answer_refusal(request, response, known.get(error.status_code, Refusal)(), params)
-    for name, value in (error.headers or {}).items() if isinstance(error.headers, dict) else error.headers or ():
-        response.set_header(name, value)
+    response.set_headers(error.headers or {})
     return None
 
 
@@ -1663,6 +952,9 @@ def known_id(job_id: str) -> str:
 class Resource:
     """What every resource has at hand: the service, and the reading of bodies."""
 
+    # Methods that read query parameters; others have none.
+    queried: tuple[str, ...] = ()
+
     def __init__(self, service: "Service") -> None:
         self.service, self.queue, self.room = service, service.queue, service.room
 
@@ -1679,16 +971,13 @@ class Resource:
             raise UnsupportedMediaType
         return body
 
-    def query(self, request: falcon.Request, kind: type[T]) -> T:
-        """The query parameters."""
-        return read_query(request.params, kind)
-
 
 class Jobs(Resource):
     """POST creates a job, GET lists them."""
 
+    queried = ("GET",)
+
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
         job = read_body(self.body(request), NewJob)
         created, job_id, text = self.queue.create_one(job)
         self.room.became_ready([(job.model_profile, job.task_type, job.owner_service)])
@@ -1696,7 +985,7 @@ class Jobs(Resource):
         send(response, text.render(), falcon.HTTP_201 if created else falcon.HTTP_200)
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        wanted = self.query(request, Listing)
+        wanted = read_query(request.params, Listing)
         limit = wanted.limit or 50
         ids = self.queue.list_ids(wanted, limit + 1, wanted.cursor)
         jobs = [job.render(with_result=False) for job in self.queue.get_many(ids[:limit]) if job]
@@ -1708,7 +997,6 @@ class JobBatch(Resource):
     """POST creates many jobs, all or none."""
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
         jobs = read_batch(self.body(request))
         made = self.queue.create(jobs)
         self.room.became_ready(list({(job.model_profile, job.task_type, job.owner_service) for job in jobs}))
@@ -1722,7 +1010,6 @@ class JobClaim(Resource):
     """POST claims pending jobs, waiting for one where asked to."""
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
         wish = read_body(self.body(request), ClaimRequest)
         wish = attrs.evolve(wish, claim_id=(wish.claim_id or str(uuid.uuid4())).lower())
         self.service.upkeep.saw(wish.worker_id, wish.worker)
@@ -1734,7 +1021,6 @@ class JobLookup(Resource):
     """POST reads many jobs by id, without payloads."""
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
         ids = read_body(self.body(request), JobIds).ids
         if len(ids) > 500:
             raise ValidationFailed(errors=[{"path": "/ids", "message": "must have at most 500 items"}])
@@ -1745,17 +1031,18 @@ class JobLookup(Resource):
 class Job(Resource):
     """GET reads a job, waiting for its end where asked to; DELETE erases it."""
 
+    queried = ("GET",)
+
     def on_get(self, request: falcon.Request, response: falcon.Response, job_id: str) -> None:
-        query = self.query(request, JobQuery)
+        query = read_query(request.params, JobQuery)
         job_id = known_id(job_id)
         job = self.queue.get(job_id, with_input=query.include == "input")
-        if query.wait_seconds and '"finished_at":null' in job.facts:
+        if query.wait_seconds and not job.is_finished:
             self.room.wait_for(job_id, query.wait_seconds)
             job = self.queue.get(job_id, with_input=query.include == "input")
         send(response, job.render(with_input=query.include == "input"))
 
-    def on_delete(self, request: falcon.Request, response: falcon.Response, job_id: str) -> None:
-        self.query(request, Nothing)
+    def on_delete(self, _request: falcon.Request, response: falcon.Response, job_id: str) -> None:
         self.queue.delete(known_id(job_id))
         response.status = falcon.HTTP_204
 
@@ -1768,7 +1055,6 @@ class JobVerb(Resource):
         self.kind, self.act = kind, act
 
     def on_post(self, request: falcon.Request, response: falcon.Response, job_id: str) -> None:
-        self.query(request, Nothing)
         body = read_body(self.body(request), self.kind)
         job_id = known_id(job_id)
         done = self.act(job_id, body)
@@ -1784,8 +1070,8 @@ class JobsVerb(Resource):
         self.kind, self.act = kind, act
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
-        items, beside = read_items(self.body(request), MAX_BULK, ["worker"] if self.kind is Heartbeat else [])
+        items, beside, refusals = read_items(self.body(request), MAX_BULK, ["worker"] if self.kind is Heartbeat else [])
+        raise_all(refusals)
         report = structure(beside, BulkHeartbeat).worker
         answers: list[dict[str, Any]] = [{"id": None, "status": 200} for _ in items]
         wanted = [entry for position, item in enumerate(items) if (entry := self._wanted(position, item, answers[position]))]
@@ -1798,12 +1084,12 @@ class JobsVerb(Resource):
     def _wanted(self, position: int, item: msgspec.Raw, answer: dict[str, Any]) -> tuple[int, str, Any] | None:
         """An item's position, id and body; None where it is refused, which its answer then says."""
         try:
-            fields = _decode_as(dict[str, msgspec.Raw], item, "an object")
+            fields = decoded(dict[str, msgspec.Raw], item, "an object")
             raw_id = fields.pop("id", msgspec.Raw(b"null"))
             answer["id"] = ID_IN_BULK.structure(raw_id)
             return position, known_id(answer["id"]), structure(fields, self.kind, f"/jobs/{position}")
         except ValueError as error:
-            answer |= refused_item(ValidationFailed(errors=_problems(f"/jobs/{position}/id", error)))
+            answer |= refused_item(ValidationFailed(errors=problems_of(f"/jobs/{position}/id", error)))
         except Refusal as refusal:
             answer |= refused_item(refusal)
         return None
@@ -1819,7 +1105,7 @@ class JobsVerb(Resource):
         return {"status": 200, "lease_expires_at": outcome.lease_expires_at, "lease_seconds": outcome.lease_seconds}
 
 
-ID_IN_BULK = _text(0, 200)
+ID_IN_BULK = text_of(0, 200)
 
 
 def refused_item(refusal: Refusal) -> dict[str, Any]:
@@ -1832,7 +1118,6 @@ class BulkJobRetry(Resource):
     """POST retries failed and cancelled jobs that fit a filter."""
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
         body = read_body(self.body(request), BulkRetry)
         wanted = structure(alternatives(body.filter), RetryFilter, "/filter")
         if not any(attrs.asdict(wanted).values()):
@@ -1853,7 +1138,6 @@ class Pause(Resource):
         self.act = act
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
         named = read_body(self.body(request), PauseRequest)
         if not any(attrs.asdict(named).values()):
             raise ValidationFailed(errors=[{"path": "", "message": "must name model_profiles, task_types or owner_services"}])
@@ -1865,23 +1149,23 @@ class Pause(Resource):
 class Stats(Resource):
     """GET counts jobs, errors, durations and usage."""
 
+    queried = ("GET",)
+
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        send(response, self.queue.stats(self.query(request, StatsQuery).window_seconds or 86_400))
+        send(response, self.queue.stats(read_query(request.params, StatsQuery).window_seconds or 86_400))
 
 
 class Workers(Resource):
     """GET lists the workers of the last five minutes."""
 
-    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         send(response, f'{{"workers":{self.service.workers()}}}')
 
 
 class ProvidersStatus(Resource):
     """GET checks the configured providers and shows what workers report of theirs."""
 
-    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        self.query(request, Nothing)
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         send(response, f'{{"providers":{self.service.board.checked()},"workers":{self.service.workers()}}}')
 
 
@@ -1956,21 +1240,18 @@ class Service:
             raise DatabaseUnavailable("PostgreSQL is read-only")
 
 
-class ClosingWhileDraining:
-    """Tells clients of a draining process to come back on another connection."""
+class StrictQueries:
+    """Refuses query parameters that a route does not have."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
-
-    def process_response(self, _request: falcon.Request, response: falcon.Response, _resource: object, _succeeded: bool) -> None:
-        """Called by Falcon after each responder."""
-        if self.service.draining:
-            response.set_header("Connection", "close")
+    def process_resource(self, request: falcon.Request, _response: falcon.Response, resource: Resource, _params: object) -> None:
+        """Called by Falcon before each responder."""
+        if request.params and request.method not in resource.queried:
+            read_query(request.params, Nothing)
 
 
 def create_app(service: Service) -> falcon.App[Any, Any]:
     """The WSGI application with every route."""
-    app = falcon.App(middleware=[ClosingWhileDraining(service)])
+    app = falcon.App(middleware=[StrictQueries()])
     app.req_options.keep_blank_qs_values = True
     app.add_error_handler(Exception, answer_crash)
     app.add_error_handler(falcon.HTTPError, answer_falcon_error)
@@ -2005,86 +1286,6 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     return app
 
 
-# ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class ProblemTask(waitress.task.ErrorTask):
-    """What waitress itself refuses, as a problem body too."""
-
-    def execute(self) -> None:
-        """Writes the answer and closes the connection."""
-        refusal = {413: BodyTooLarge, 400: MalformedRequest}.get(self.request.error.code, MalformedRequest)()
-        body = msgspec.json.encode(problem(refusal) | {"status": self.request.error.code})
-        self.status = f"{self.request.error.code} {self.request.error.reason}"
-        self.response_headers.append(("Content-Type", "application/problem+json"))
-        self.response_headers.append(("Connection", "close"))
-        self.content_length = len(body)
-        self.close_on_finish = True
-        self.write(body)
-
-
-class Channel(waitress.channel.HTTPChannel):
-    """A connection of the server."""
-
-    error_task_class = ProblemTask
-
-
-class Server:
-    """waitress with this service's limits, and an end in two steps: drain, then stop."""
-
-    def __init__(self, service: Service, listener: socket.socket) -> None:
-        self._service, self._stopping = service, threading.Event()
-        self._waitress = waitress.server.create_server(
-            create_app(service),
-            sockets=[listener],
-            threads=service.settings.http_threads,
-            connection_limit=10_000,
-            asyncore_use_poll=True,
-            channel_request_lookahead=1,
-            max_request_body_size=service.settings.max_body_bytes,
-            ident=None,
-        )
-        self._waitress.channel_class = Channel
-
-    def run(self) -> None:
-        """Serves until it was told to stop, then finishes what is being answered."""
-        while not self._stopping.is_set():
-            self._loop_once()
-        waitress.wasyncore.dispatcher.close(self._waitress)
-        deadline = time.monotonic() + 10
-        while self._is_busy() and time.monotonic() < deadline:
-            self._loop_once()
-        self._waitress.task_dispatcher.shutdown()
-
-    def drain(self) -> None:
-        """On the first signal: parked requests are answered, the listener closes after DRAIN_SECONDS. On the second it closes now."""
-        if self._service.draining:
-            return self.stop()
-        log.info("service_draining seconds=%g", self._service.settings.drain_seconds)
-        self._service.drain()
-        timer = threading.Timer(self._service.settings.drain_seconds, self.stop)
-        timer.daemon = True
-        timer.start()
-        return None
-
-    def stop(self) -> None:
-        """Ends `run`."""
-        self._stopping.set()
-        self._waitress.pull_trigger()
-
-    def _loop_once(self) -> None:
-        waitress.wasyncore.loop(timeout=1, map=self._waitress._map, use_poll=True, count=1)  # noqa: SLF001
-
-    def _is_busy(self) -> bool:
-        return any(channel.requests or channel.total_outbufs_len for channel in list(self._waitress.active_channels.values()))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
-
-
 # ── The command line ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2097,9 +1298,11 @@ def serve(settings: Settings) -> int:
         return 1
     service = Service(settings)
     service.start()
-    server = Server(service, listener)
+    server = Server(
+        create_app(service), listener, threads=settings.http_threads, max_body_bytes=settings.max_body_bytes, problem=refused_by_server
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.drain())
+        signal.signal(number, lambda *_: server.drain(service.drain, settings.drain_seconds))
     log.warning("access_open: no tokens are configured, every caller may do everything")
     log.info(
         "service_started version=%s host=%s port=%d database=%s",

@@ -1,0 +1,236 @@
+"""PostgreSQL for the queue: a small pool of pg8000 connections, what its errors mean for a request, and the schema.
+
+Every call is one prepared statement: one round trip, one durable commit.
+"""
+
+import contextlib
+import logging
+import re
+import select
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pg8000.native
+
+from ai_database_url import DatabaseAddress, DatabaseUnreachable
+from ai_requests import (
+    DatabaseBusy,
+    DatabaseUnavailable,
+    IdempotencyKeyReused,
+    MalformedJson,
+    Refusal,
+    SchemaMissing,
+    TooManyCombinations,
+    ValidationFailed,
+)
+
+log = logging.getLogger("ai_service.database")
+
+# ── Database ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("schema.sql")
+STATEMENT_SECONDS, LOCK_SECONDS, CONNECT_SECONDS, LEND_SECONDS = 30, 5, 5, 5
+
+# What a session is set to unless DATABASE_URL's `options` say otherwise. A statement may not outlive the minute that `fold` looks back.
+SESSION = {
+    "statement_timeout": f"{STATEMENT_SECONDS}s",
+    "lock_timeout": f"{LOCK_SECONDS}s",
+    "idle_in_transaction_session_timeout": "30s",
+    "timezone": "UTC",
+    "jit": "off",
+    "client_min_messages": "warning",
+}
+
+# 08 connection, 25006 read-only, 28 and 3D000 no such login or database, 53 resources, 57P01-57P03 shut down and starting;
+# 40001 serialization, 40P01 deadlock, 53300 connections, 55P03 lock, 57014 statement timeout.
+_AWAY = re.compile("08...|25006|57P0[1-3]|53[124]00|28...|3D000")
+_BUSY = re.compile("40001|40P01|53300|55P03|57014")
+_REFUSALS = {"AIS01": IdempotencyKeyReused, "AIS02": TooManyCombinations}
+_UNREACHABLE = (DatabaseUnreachable, pg8000.native.InterfaceError, OSError)
+
+
+class Database:
+    """A small pool of connections, handed out last in, first out. Each call is one prepared statement, one round trip and one commit.
+
+    A connection that breaks is dropped and replaced; what the server says by SQLSTATE becomes a Refusal. Safe for threads.
+    """
+
+    def __init__(self, address: DatabaseAddress, schema: str, connections: int) -> None:
+        self.address, self.schema = address, schema
+        self._free: list[Connection] = []
+        self._places = threading.Semaphore(connections)
+
+    def run(self, statement: str, seconds: float = STATEMENT_SECONDS + 5, **values: Any) -> list[list[Any]]:
+        """The rows of a statement with named parameters, which go in as text; the socket may be silent for so many `seconds`.
+
+        Raises a Refusal, or pg8000's DatabaseError for our own mistakes.
+        """
+        with self._lent(seconds) as connection:
+            return connection.run(statement, {name: literal(value) for name, value in values.items()})
+
+    def script(self, text: str) -> list[list[Any]]:
+        """Runs statements without parameters on a connection of its own, in one transaction. Raises like `run`."""
+        with self._translated():
+            connection = Connection(self.address, self.schema)
+        try:
+            with self._translated():
+                return connection.script(text)
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        """Closes the connections that are not in use."""
+        while self._free:
+            self._free.pop().close()
+
+    @contextlib.contextmanager
+    def _lent(self, seconds: float) -> Iterator["Connection"]:
+        if not self._places.acquire(timeout=min(seconds, LEND_SECONDS)):
+            raise DatabaseBusy("all database connections are in use")
+        connection: Connection | None = None
+        try:
+            with self._translated():
+                connection = self._alive() or Connection(self.address, self.schema)
+                connection.limit(seconds)
+                yield connection
+        except (DatabaseUnavailable, *_UNREACHABLE):
+            if connection:
+                connection.close()
+            raise
+        except BaseException:
+            self._keep(connection)
+            raise
+        else:
+            self._keep(connection)
+        finally:
+            self._places.release()
+
+    def _alive(self) -> "Connection | None":
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = self._free.pop()
+                if connection.is_quiet():
+                    return connection
+                connection.close()
+        return None
+
+    def _keep(self, connection: "Connection | None") -> None:
+        if connection:
+            self._free.append(connection)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _translated() -> Iterator[None]:
+        try:
+            yield
+        except pg8000.native.DatabaseError as error:
+            raise refusal_of(error) or error from None
+        except _UNREACHABLE as error:
+            state = getattr(error, "sqlstate", None) or ""
+            log.warning("database_unreachable error=%s sqlstate=%s", type(error).__name__, state)
+            refused = DatabaseBusy if _BUSY.fullmatch(state) else DatabaseUnavailable
+            raise refused from None
+
+
+class Connection:
+    """One session of PostgreSQL with its prepared statements."""
+
+    def __init__(self, address: DatabaseAddress, schema: str) -> None:
+        self._session = address.connect(timeout_seconds=CONNECT_SECONDS)
+        self._prepared: dict[str, pg8000.native.PreparedStatement] = {}
+        wanted = ", ".join(f"('{name}', '{value}')" for name, value in SESSION.items())
+        self._session.run(
+            f"set search_path = {schema}; "  # noqa: S608  the name was checked when the settings were read
+            f"select set_config(s.name, w.value, false) from (values {wanted}) w (name, value) join pg_settings s on s.name = w.name "
+            "where s.source <> 'client'; "
+            "select set_config('synchronous_commit', 'on', false) from pg_settings where name = 'synchronous_commit' and setting = 'off'"
+        )
+
+    def run(self, statement: str, values: Mapping[str, str | None]) -> list[list[Any]]:
+        """The rows of a prepared statement."""
+        prepared = self._prepared.get(statement)
+        if prepared is None:
+            prepared = self._prepared[statement] = self._session.prepare(statement)
+        return list(prepared.run(**values) or ())
+
+    def script(self, text: str) -> list[list[Any]]:
+        """The rows of the last of some statements."""
+        self.limit(600)
+        return list(self._session.run(text) or ())
+
+    def limit(self, seconds: float) -> None:
+        """How long the socket may stay silent."""
+        self._session._usock.settimeout(seconds)  # noqa: SLF001  pg8000 has no public name for it
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come unasked: a server that went away says so, or closes, on an idle connection."""
+        watch = select.poll()
+        watch.register(self._session._usock, select.POLLIN)  # noqa: SLF001
+        return not watch.poll(0)
+
+    def close(self) -> None:
+        """Closes the session; one that broke is closed already."""
+        with contextlib.suppress(*_UNREACHABLE):
+            self._session.close()
+
+
+def refusal_of(error: pg8000.native.DatabaseError) -> Refusal | None:
+    """What an error of PostgreSQL means for the request; None where it is our own mistake."""
+    fields = error.args[0] if error.args and isinstance(error.args[0], dict) else {}
+    state = fields.get("C", "")
+    if state in _REFUSALS:
+        return _REFUSALS[state]()
+    if _BUSY.fullmatch(state):
+        return DatabaseBusy()
+    if _AWAY.fullmatch(state):
+        return DatabaseUnavailable()
+    if state in ("42P01", "3F000", "42883"):
+        return SchemaMissing()
+    if state in ("22P02", "22P05", "22021", "54001"):
+        return MalformedJson("PostgreSQL does not accept the JSON in this request")
+    if state.startswith(("22", "23")):
+        return ValidationFailed(errors=[{"path": "", "message": "PostgreSQL does not accept a value of this request"}])
+    return None
+
+
+def literal(value: Any) -> str | None:
+    """A value as PostgreSQL reads it from text; a list becomes an array."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return "{" + ",".join(map(_element, value)) + "}"
+    return str(value)
+
+
+def _element(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return str(value)
+
+
+def migrate(database: Database) -> None:
+    """Applies `schema.sql` where the database has an older one: in one transaction, one process at a time. Raises a Refusal."""
+    if schema_version(database) >= SCHEMA_VERSION:
+        return
+    name = database.schema
+    exists = database.script(f"select to_regnamespace('{name}') is not null")[0][0]
+    database.script(
+        "begin; set local statement_timeout = 0; set local lock_timeout = '2min'; "
+        f"select pg_advisory_xact_lock(hashtextextended('ai_service schema {name}', 0)); "
+        f"set local lock_timeout = '5s'; {'' if exists else f'create schema if not exists {name};'}\n{SCHEMA_FILE.read_text()}\n"
+        f"insert into schema_version (version) values ({SCHEMA_VERSION}) on conflict do nothing; commit"
+    )
+    log.info("schema_applied version=%d schema=%s", SCHEMA_VERSION, name)
+
+
+def schema_version(database: Database) -> int:
+    """The version of the schema in the database; 0 without one. Raises a Refusal."""
+    try:
+        return int(database.run("-- database.schema_version\nselect coalesce(max(version), 0) from schema_version", seconds=3)[0][0])
+    except SchemaMissing:
+        return 0

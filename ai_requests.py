@@ -1,0 +1,683 @@
+"""What callers and workers may ask, and what they are told when it is refused.
+
+A request is an attrs class; cattrs makes it of the body. Payloads (`RawJson`) are slices of the body's text that nobody decodes. All
+problems of a body are found at once, each with its JSON pointer.
+
+Sections: refusals, what a field must be, the requests, reading.
+"""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, NewType, NoReturn, TypeVar, get_args, get_origin
+
+import attrs
+import cattrs
+import msgspec
+from cattrs.errors import AttributeValidationNote, IterableValidationError, IterableValidationNote
+from cattrs.gen import make_dict_structure_fn
+
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# JSON text that is passed through and never looked into.
+RawJson = NewType("RawJson", str)
+T = TypeVar("T")
+
+MAX_DEPTH = 500
+MAX_BATCH = 10_000
+MAX_BULK = 1_000
+RETRYABLE = ("failed", "cancelled", "running")
+
+
+class Refusal(Exception):
+    """Internal error.
+
+    A request that gets no for an answer. The first line of the docstring is its title, its name in snake case its `code`, which is stable.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    # Seconds after which a repeat may succeed; None where it will not.
+    retry_after: ClassVar[int | None] = None
+
+    def __init__(self, detail: str | None = None, errors: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(detail or self.title())
+        self.detail = detail or self.title()
+        self.errors = list(errors)
+
+    def __init_subclass__(cls) -> None:
+        cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    @classmethod
+    def title(cls) -> str:
+        """A sentence that is the same for all of its kind."""
+        return (cls.__doc__ or "").splitlines()[0]
+
+
+class MalformedJson(Refusal):
+    """The body is not valid JSON."""
+
+
+class MalformedRequest(Refusal):
+    """The request is not valid HTTP."""
+
+
+class NotFound(Refusal):
+    """There is no such route."""
+
+
+class JobNotFound(Refusal):
+    """There is no such job."""
+
+
+class MethodNotAllowed(Refusal):
+    """The route has no such method."""
+
+
+class BodyTooLarge(Refusal):
+    """The body is larger than MAX_BODY_BYTES."""
+
+
+class UnsupportedMediaType(Refusal):
+    """The body must be application/json."""
+
+
+class InvalidState(Refusal):
+    """The job's status does not allow this."""
+
+
+class ClaimLost(Refusal):
+    """The claim does not hold this job any more."""
+
+
+class JobCancelled(Refusal):
+    """The job was cancelled."""
+
+
+class ClaimIdReused(Refusal):
+    """The claim_id was used by another worker."""
+
+
+class IdempotencyKeyReused(Refusal):
+    """The idempotency_key stands for another job."""
+
+
+class ValidationFailed(Refusal):
+    """The request has invalid fields."""
+
+
+class TooDeep(Refusal):
+    """JSON is nested deeper than 500 levels."""
+
+
+class TooManyCombinations(Refusal):
+    """2,000 combinations of owner_service, task_type and model_profile are in use."""
+
+
+class DatabaseUnavailable(Refusal):
+    """PostgreSQL cannot be reached or does not accept writes."""
+
+    retry_after = 2
+
+
+class DatabaseBusy(Refusal):
+    """PostgreSQL is saturated."""
+
+    retry_after = 1
+
+
+class SchemaMissing(Refusal):
+    """The database schema has not been applied."""
+
+    retry_after = 5
+
+
+class SchemaOutdated(Refusal):
+    """The database schema is older than this release."""
+
+    retry_after = 5
+
+
+class Draining(Refusal):
+    """The service is shutting down."""
+
+    retry_after = 1
+
+
+# What the queue's functions answer per job, other than 'ok'.
+OUTCOMES: dict[str, type[Refusal]] = {each.code: each for each in (JobNotFound, ClaimLost, JobCancelled, InvalidState, ClaimIdReused)}
+
+
+# ── What a field must be ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Check:
+    """What a value must be: `kind` in words, its Python types, and `accept`, which returns a sentence where it refuses one."""
+
+    def __init__(self, kind: str, types: tuple[type, ...], accept: Callable[[Any], str | None]) -> None:
+        self.kind, self.types, self.accept = kind, types, accept
+
+    def structure(self, raw: msgspec.Raw) -> Any:
+        """The Python value of a JSON text. Raises ValueError with a sentence for the caller."""
+        try:
+            value = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise ValueError(f"must be {self.kind} within range") from None
+        if type(value) not in self.types:
+            raise ValueError(f"must be {self.kind}")
+        if refused := self.accept(value):
+            raise ValueError(refused)
+        return value
+
+
+def text_of(low: int, high: int) -> Check:
+    """A string of so many characters."""
+
+    def accept(value: str) -> str | None:
+        if "\x00" in value:
+            return "must not contain a NUL character"
+        return None if low <= len(value) <= high else f"must have {low} to {high} characters"
+
+    return Check("a string", (str,), accept)
+
+
+def matching(pattern: str) -> Check:
+    """A string that the pattern describes."""
+    compiled = re.compile(pattern)
+    return Check("a string", (str,), lambda value: None if compiled.fullmatch(value) else f"must match {pattern}")
+
+
+def whole_number(low: int, high: int) -> Check:
+    """A JSON number without fraction or exponent, within these."""
+    return Check("a whole number", (int,), lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}")
+
+
+def number(low: float, high: float) -> Check:
+    """Any JSON number within these."""
+    return Check("a number", (int, float), lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}")
+
+
+def _accept_time(value: str) -> str | None:
+    try:
+        moment = msgspec.convert(value, Annotated[datetime, msgspec.Meta(tz=True)]).astimezone(UTC)
+    except (msgspec.ValidationError, OverflowError):
+        return "must be an RFC 3339 time with an offset"
+    return None if 1970 <= moment.year <= 9990 else "must be from 1970 to 9990"
+
+
+class SmallObject:
+    """A JSON object that is kept as its text: at most so many bytes, and what of it is read must make a `kind`."""
+
+    def __init__(self, limit_bytes: int, kind: type[Any] | None = None) -> None:
+        self.limit_bytes, self.kind = limit_bytes, kind
+
+    def structure(self, raw: msgspec.Raw) -> str:
+        """The text. Raises ValueError, or cattrs' errors for the part that is read."""
+        text = bytes(raw)
+        if len(text) > self.limit_bytes:
+            raise ValueError(f"must have at most {self.limit_bytes:,} bytes")
+        fields = decoded(dict[str, msgspec.Raw], raw, "an object")
+        if self.kind:
+            _converter.structure(fields, self.kind)
+        return _structure_raw(raw, str)
+
+
+Name = Annotated[str, matching(r"[A-Za-z0-9._:/@+-]{1,100}")]
+OwnerRef = Annotated[str, text_of(1, 500)]
+WorkerId = Annotated[str, text_of(1, 200)]
+Message = Annotated[str, Check("a string", (str,), lambda value: "must not contain a NUL character" if "\x00" in value else None)]
+Key = Annotated[str, text_of(1, 500)]
+UUID = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+Uuid = Annotated[str, matching(UUID.pattern)]
+Category = Annotated[str, matching("[a-z][a-z0-9_]{0,63}")]
+Traceparent = Annotated[str, matching("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")]
+Moment = Annotated[str, Check("a string", (str,), _accept_time)]
+Flag = Annotated[bool, Check("true or false", (bool,), lambda _: None)]
+Priority = Annotated[int, whole_number(-10, 10)]
+MaxAttempts = Annotated[int, whole_number(1, 100)]
+ClaimLimit = Annotated[int, whole_number(1, 1000)]
+Lease = Annotated[float, number(5, 86_400)]
+Wait = Annotated[float, number(0, 60)]
+# A job may be put off by a year at most: longer is a mistake of units.
+Delay = Annotated[float, number(0, 366 * 86_400)]
+Count = Annotated[int, whole_number(0, 10**15)]
+Seconds = Annotated[float, number(0, 10**12)]
+
+
+# ── The requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@attrs.frozen
+class JobDefaults:
+    """What the jobs of a batch may have in common."""
+
+    owner_service: Name | None = None
+    task_type: Name | None = None
+    model_profile: Name | None = None
+    input: RawJson | None = None
+    priority: Priority | None = None
+    run_at: Moment | None = None
+    expires_at: Moment | None = None
+    max_attempts: MaxAttempts | None = None
+    traceparent: Traceparent | None = None
+
+
+@attrs.frozen
+class NewJob:
+    """A job to create. Times are RFC 3339; a `run_at` in the past counts as now."""
+
+    owner_service: Name
+    task_type: Name
+    model_profile: Name
+    owner_ref: OwnerRef
+    input: RawJson
+    priority: Priority | None = None
+    run_at: Moment | None = None
+    expires_at: Moment | None = None
+    max_attempts: MaxAttempts | None = None
+    idempotency_key: Key | None = None
+    traceparent: Traceparent | None = None
+
+
+@attrs.frozen
+class Usage:
+    """The parts of a usage that are counted; others are kept as they are."""
+
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
+    total_tokens: Count | None = None
+    audio_seconds: Seconds | None = None
+
+
+@attrs.frozen
+class ProviderReport:
+    """What a worker says of one of its providers."""
+
+    name: Annotated[str, text_of(1, 100)]
+    status: Annotated[str, text_of(1, 100)]
+    circuit: Annotated[str, text_of(0, 100)] | None = None
+    model_profiles: list[Name] | None = None
+    detail: Annotated[str, text_of(0, 2000)] | None = None
+
+
+@attrs.frozen
+class WorkerReport:
+    """What a worker says of itself."""
+
+    version: Annotated[str, text_of(1, 100)] | None = None
+    capacity: Count | None = None
+    running: Count | None = None
+    providers: list[ProviderReport] | None = None
+
+
+# Read leniently: a newer worker may say more than this release knows.
+LENIENT = (Usage, ProviderReport, WorkerReport)
+UsageText = Annotated[str, SmallObject(4096, Usage)]
+ProgressText = Annotated[str, SmallObject(4096)]
+ReportText = Annotated[str, SmallObject(8192, WorkerReport)]
+
+
+@attrs.frozen
+class ClaimRequest:
+    """A wish for pending jobs; an absent filter is any. Lease and wait in seconds."""
+
+    worker_id: WorkerId
+    limit: ClaimLimit | None = None
+    model_profiles: list[Name] | None = None
+    task_types: list[Name] | None = None
+    owner_services: list[Name] | None = None
+    lease_seconds: Lease | None = None
+    wait_seconds: Wait | None = None
+    claim_id: Uuid | None = None
+    worker: ReportText | None = None
+
+    @property
+    def filters(self) -> tuple[tuple[str, ...] | None, ...]:
+        """Profiles, types and owners, sorted: requests with the same ones are claimed for together."""
+        wanted = (self.model_profiles, self.task_types, self.owner_services)
+        return tuple(tuple(sorted(set(names))) if names is not None else None for names in wanted)
+
+
+@attrs.frozen
+class Completion:
+    claim_id: Uuid
+    result: RawJson
+    usage: UsageText | None = None
+
+
+@attrs.frozen
+class Failure:
+    claim_id: Uuid
+    category: Category
+    message: Message
+    retryable: Flag | None = None
+    retry_in_seconds: Delay | None = None
+    usage: UsageText | None = None
+
+
+@attrs.frozen
+class Heartbeat:
+    claim_id: Uuid
+    lease_seconds: Lease | None = None
+    progress: ProgressText | None = None
+
+
+@attrs.frozen
+class Release:
+    claim_id: Uuid
+    delay_seconds: Delay | None = None
+
+
+Retryable = Annotated[str, matching("failed|cancelled|running")]
+
+
+@attrs.frozen
+class Retry:
+    from_: list[Retryable] | None = None
+
+
+@attrs.frozen
+class Cancellation:
+    reason: Message | None = None
+
+
+@attrs.frozen
+class JobIds:
+    ids: list[Annotated[str, text_of(0, 100)]]
+
+
+Status = Annotated[str, matching("pending|running|completed|failed|cancelled")]
+
+
+@attrs.frozen
+class JobFilter:
+    """Which jobs to look at. Several values of a field are alternatives, several fields must all fit."""
+
+    status: list[Status] | None = None
+    owner_service: list[Name] | None = None
+    owner_ref: list[OwnerRef] | None = None
+    task_type: list[Name] | None = None
+    model_profile: list[Name] | None = None
+    error_category: list[Category] | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
+
+
+@attrs.frozen
+class Listing(JobFilter):
+    limit: Annotated[int, whole_number(1, 500)] | None = None
+    cursor: Uuid | None = None
+
+
+@attrs.frozen
+class BulkHeartbeat:
+    worker: ReportText | None = None
+
+
+@attrs.frozen
+class RetryFilter(JobFilter):
+    """Which jobs to retry: the same, but a single value may stand without its list, and running jobs are left alone."""
+
+    status: list[Annotated[str, matching("failed|cancelled")]] | None = None
+
+
+@attrs.frozen
+class BulkRetry:
+    filter: RawJson
+    limit: Annotated[int, whole_number(1, MAX_BULK)] | None = None
+
+
+@attrs.frozen
+class PauseRequest:
+    model_profiles: list[Name] | None = None
+    task_types: list[Name] | None = None
+    owner_services: list[Name] | None = None
+
+
+@attrs.frozen
+class Nothing:
+    """A request without fields."""
+
+
+@attrs.frozen
+class JobQuery:
+    include: Annotated[str, matching("input")] | None = None
+    wait_seconds: Wait | None = None
+
+
+@attrs.frozen
+class StatsQuery:
+    window_seconds: (
+        Annotated[
+            int,
+            Check("a whole number", (int,), lambda value: None if value in (3600, 86_400, 604_800) else "must be 3600, 86400 or 604800"),
+        ]
+        | None
+    ) = None
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_converter = cattrs.Converter(detailed_validation=True)
+_openers = re.compile(rb"[\[{]")
+
+
+def _origin(kind: Any) -> Any:
+    return get_origin(kind)
+
+
+def _structure_raw(raw: msgspec.Raw, _: Any) -> str:
+    text = bytes(raw)
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+        raise TooDeep
+    return text.decode()
+
+
+def _depth(text: bytes) -> int:
+    """How deep JSON is nested: what is no bracket and what stands in strings is taken out first."""
+    bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", text))
+    steps = (1 if byte in b"[{" else -1 for byte in re.sub(rb"[^\[\]{}]", b"", bare))
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _structure_leaf(annotated: Any) -> Callable[[msgspec.Raw, Any], Any]:
+    check: Check | SmallObject = get_args(annotated)[1]
+    return lambda raw, _: check.structure(raw)
+
+
+def _structure_optional(optional: Any) -> Callable[[Any, Any], Any]:
+    (present,) = (part for part in get_args(optional) if part is not type(None))
+    structure = _converter.get_structure_hook(present)
+    return lambda raw, _: None if bytes(raw) == b"null" else structure(raw, present)
+
+
+def _structure_list(kind: Any) -> Callable[[msgspec.Raw, Any], list[Any]]:
+    (part,) = get_args(kind)
+    structure = _converter.get_structure_hook(part)
+
+    def read(raw: msgspec.Raw, _: Any) -> list[Any]:
+        items: list[Any] = []
+        errors: list[Exception] = []
+        for position, item in enumerate(decoded(list[msgspec.Raw], raw, "a list")):
+            try:
+                items.append(structure(item, part))
+            except Exception as error:  # noqa: BLE001  collected: all problems of a body are reported at once
+                error.add_note(IterableValidationNote("", position, part))
+                errors.append(error)
+        if errors:
+            raise IterableValidationError("", errors, kind)
+        return items
+
+    return read
+
+
+def _structure_object(kind: Any) -> Callable[[Any, Any], Any]:
+    renamed: Any = {"from_": cattrs.override(rename="from")} if kind is Retry else {}
+    structure = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=kind not in LENIENT, **renamed)
+    return lambda raw, _: structure(raw if isinstance(raw, dict) else decoded(dict[str, msgspec.Raw], raw, "an object"), kind)
+
+
+def decoded(kind: type[T], raw: msgspec.Raw | bytes, called: str) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError:
+        raise ValueError(f"must be {called}") from None
+
+
+_converter.register_structure_hook_func(lambda kind: kind is RawJson, _structure_raw)
+_converter.register_structure_hook_factory(attrs.has, _structure_object)
+_converter.register_structure_hook_factory(lambda kind: _origin(kind) is list, _structure_list)
+_converter.register_structure_hook_factory(lambda kind: _origin(kind) is Annotated, _structure_leaf)
+_converter.register_structure_hook_factory(lambda kind: type(None) in get_args(kind), _structure_optional)
+
+
+def structure(value: Any, kind: type[T], at: str = "") -> T:
+    """Makes `kind` of raw JSON or of a dict of it. Raises ValidationFailed with every problem, as JSON pointers below `at`."""
+    try:
+        return _converter.structure(value, kind)
+    except (cattrs.BaseValidationError, ValueError) as error:
+        causes = list(_causes(error, at))
+    problems = [problem for path, cause in causes for problem in problems_of(path, cause)]
+    too_deep = any(isinstance(cause, TooDeep) for _, cause in causes)
+    raise (TooDeep if too_deep else ValidationFailed)(errors=problems)
+
+
+def _causes(error: BaseException, at: str) -> Iterator[tuple[str, BaseException]]:
+    """What went wrong in the leaves of cattrs' tree of exceptions, each with its JSON pointer."""
+    if not isinstance(error, cattrs.BaseValidationError):
+        yield at, error
+        return
+    for part in error.exceptions:
+        notes = (note for note in getattr(part, "__notes__", ()) if isinstance(note, AttributeValidationNote | IterableValidationNote))
+        step = "".join(f"/{_pointer(getattr(note, 'name', getattr(note, 'index', '')))}" for note in notes)
+        yield from _causes(part, at + step)
+
+
+def problems_of(at: str, cause: BaseException) -> list[dict[str, str]]:
+    if isinstance(cause, cattrs.ForbiddenExtraKeysError):
+        return [{"path": f"{at}/{_pointer(name)}", "message": "is not a field of this request"} for name in sorted(cause.extra_fields)]
+    return [{"path": at, "message": "is required" if isinstance(cause, KeyError) else str(cause)}]
+
+
+def _pointer(name: Any) -> str:
+    return "from" if name == "from_" else str(name).replace("~", "~0").replace("/", "~1")
+
+
+def read_object(body: bytes) -> dict[str, msgspec.Raw]:
+    """The members of the JSON object in a request's body, unread; an empty body is `{}`. Of duplicate keys the last wins."""
+    try:
+        body.decode()
+        return msgspec.json.decode(body, type=dict[str, msgspec.Raw]) if body.strip() else {}
+    except msgspec.ValidationError:
+        return _refuse_what_is_no_object(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedJson(str(error)) from None
+    except RecursionError:
+        raise TooDeep from None
+
+
+def _refuse_what_is_no_object(body: bytes) -> NoReturn:
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+    except msgspec.DecodeError as error:
+        raise MalformedJson(str(error)) from None
+    except RecursionError:
+        raise TooDeep from None
+    raise ValidationFailed(errors=[{"path": "", "message": "must be an object"}])
+
+
+def read_body(body: bytes, kind: type[T]) -> T:
+    """A request's body as `kind`. Raises MalformedJson, TooDeep or ValidationFailed."""
+    return structure(read_object(body), kind)
+
+
+def read_items(body: bytes, high: int, beside: Sequence[str] = ()) -> tuple[list[msgspec.Raw], dict[str, msgspec.Raw], list[Refusal]]:
+    """The unread members of `jobs`, the fields beside it, and what is wrong with either; 1 to `high` members are right."""
+    fields = read_object(body)
+    unknown = [
+        {"path": f"/{_pointer(name)}", "message": "is not a field of this request"} for name in fields if name not in ("jobs", *beside)
+    ]
+    refusals: list[Refusal] = [ValidationFailed(errors=unknown)] if unknown else []
+    try:
+        items = decoded(list[msgspec.Raw], fields.pop("jobs"), "a list")
+    except (KeyError, ValueError) as error:
+        return [], fields, [*refusals, ValidationFailed(errors=problems_of("/jobs", error))]
+    if not 1 <= len(items) <= high:
+        refusals.append(ValidationFailed(errors=[{"path": "/jobs", "message": f"must have 1 to {high:,} items"}]))
+    return items[:high], fields, refusals
+
+
+def raise_all(refusals: Sequence[Refusal]) -> None:
+    """Raises what is wrong with a body as one refusal; nothing where nothing is."""
+    if refusals:
+        too_deep = any(isinstance(refusal, TooDeep) for refusal in refusals)
+        raise (TooDeep if too_deep else ValidationFailed)(errors=[problem for refusal in refusals for problem in refusal.errors])
+
+
+def read_batch(body: bytes) -> list[NewJob]:
+    """The jobs of a batch with its defaults filled in: a field that is present in the job wins, null too."""
+    items, beside, refusals = read_items(body, MAX_BATCH, ["defaults"])
+    defaults: dict[str, msgspec.Raw] = {}
+    jobs: list[NewJob] = []
+    try:
+        if "defaults" in beside:
+            structure(beside["defaults"], JobDefaults, "/defaults")
+            defaults = decoded(dict[str, msgspec.Raw], beside["defaults"], "an object")
+    except Refusal as refusal:
+        raise_all([*refusals, refusal])
+    for position, item in enumerate(items):
+        try:
+            jobs.append(structure_item(item, NewJob, f"/jobs/{position}", defaults))
+        except Refusal as refusal:
+            refusals.append(refusal)
+    raise_all(refusals)
+    return jobs
+
+
+def structure_item(item: msgspec.Raw, kind: type[T], at: str, defaults: Mapping[str, msgspec.Raw]) -> T:
+    """One member of a list of requests over its defaults. Raises what `structure` raises."""
+    try:
+        fields = decoded(dict[str, msgspec.Raw], item, "an object")
+    except ValueError as error:
+        raise ValidationFailed(errors=problems_of(at, error)) from None
+    return structure({**defaults, **fields}, kind, at)
+
+
+def count_usage(usage: str | None) -> Usage:
+    """What of a usage is counted; absent is not zero."""
+    return _converter.structure(msgspec.json.decode(usage or "{}", type=dict[str, msgspec.Raw]), Usage)
+
+
+def alternatives(text: str) -> Any:
+    """The members of a filter's JSON object, where a single value may stand for a list of one."""
+    with contextlib.suppress(ValueError):
+        fields = decoded(dict[str, msgspec.Raw], text.encode(), "an object")
+        return {name: _listed(raw) if _is_list(RetryFilter, name) else raw for name, raw in fields.items()}
+    return msgspec.Raw(text.encode())
+
+
+def _listed(raw: msgspec.Raw) -> msgspec.Raw:
+    text = bytes(raw)
+    return raw if text[:1] in b"[n" else msgspec.Raw(b"[" + text + b"]")
+
+
+def read_query(params: Mapping[str, str | list[str]], kind: type[T]) -> T:
+    """Query parameters as `kind`. Raises ValidationFailed; a path is the parameter's name with a question mark."""
+    fields: dict[str, msgspec.Raw] = {}
+    for name, value in params.items():
+        values = value if isinstance(value, list) else [value]
+        texts = [
+            text if re.fullmatch(r"-?\d+(\.\d+)?", text) and not _is_list(kind, name) else msgspec.json.encode(text).decode()
+            for text in values
+        ]
+        fields[name] = msgspec.Raw((f"[{','.join(texts)}]" if _is_list(kind, name) else texts[-1]).encode())
+    try:
+        return structure(fields, kind)
+    except ValidationFailed as refusal:
+        raise ValidationFailed(errors=[{**problem, "path": "?" + problem["path"][1:]} for problem in refusal.errors]) from None
+
+
+def _is_list(kind: type[Any], name: str) -> bool:
+    field = attrs.fields_dict(kind).get(name)
+    return field is not None and any(get_origin(part) is list for part in get_args(field.type))
