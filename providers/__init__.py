@@ -1,0 +1,450 @@
+"""The provider contract: what a model service's code promises, and how the installed providers are found.
+
+A provider is the code that talks to one model service. It is a class with four members; a worker calls `run`, worker and service
+call `check`. It never sees the queue, a lease or an HTTP request of this service. The smallest one:
+
+    class Echo:
+        name = "echo"
+        model_profiles = ("echo",)
+
+        def __init__(self, environ: Mapping[str, str]) -> None:
+            if environ.get("ECHO") != "on":
+                raise NotConfigured("ECHO is not on")
+
+        def check(self) -> Health:
+            return Health("ok")
+
+        def run(self, job: Job) -> Result:
+            return Result({"content": job.input})
+
+It becomes one by an entry point of its package; the built-in providers use the same:
+
+    [project.entry-points."ai_service.providers"]
+    echo = "my_package:Echo"
+
+The entry point names a class, or any callable, that takes the environment and returns the provider. It raises `NotConfigured` when its
+settings are absent and `SettingsError` when they are wrong. Importing it, making it and `check()` import no heavy package.
+
+A run ends in one of four ways:
+
+    return Result(value, usage)     the job is completed
+    raise NotNow(category, ...)     this attempt failed, a later one may succeed
+    raise Never(category, ...)      no attempt will ever succeed: the job fails
+    anything else raised            this attempt failed with the category `internal`; a later one may succeed
+
+`providers.conformance` holds the tests that every provider must pass, to be inherited by its own. `providers.exchange` is an HTTP request
+that can be called off, as `cancelled` and `deadline` ask for; the built-in providers use it.
+
+Sections: outcomes, job and health, the protocol, discovery, checks, settings.
+"""
+
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, Protocol
+
+import attrs
+
+__all__ = [
+    "CANCELLED",
+    "CATEGORIES",
+    "CONTEXT_LENGTH_EXCEEDED",
+    "GROUP",
+    "INTERNAL",
+    "INVALID_INPUT",
+    "INVALID_OUTPUT",
+    "RATE_LIMITED",
+    "TIMEOUT",
+    "TRUNCATED",
+    "UNAUTHORIZED",
+    "UNAVAILABLE",
+    "Health",
+    "Job",
+    "Listed",
+    "Never",
+    "NotCompleted",
+    "NotConfigured",
+    "NotNow",
+    "Provider",
+    "ProviderConflict",
+    "Result",
+    "SettingsError",
+    "by_profile",
+    "check_all",
+    "discover",
+    "parse_duration",
+    "redact",
+    "secrets_in",
+]
+
+log = logging.getLogger("ai_service.providers")
+
+GROUP = "ai_service.providers"
+"""The entry-point group under which providers are found."""
+
+# ---------------------------------------------------------------- outcomes
+
+TIMEOUT = "timeout"
+"""No complete answer within the time allowed."""
+RATE_LIMITED = "rate_limited"
+"""The model service asked for fewer requests."""
+UNAVAILABLE = "unavailable"
+"""The model service cannot be reached, does not take requests now, or broke off."""
+UNAUTHORIZED = "unauthorized"
+"""The model service refuses the key it was given."""
+INVALID_INPUT = "invalid_input"
+"""The job's input cannot be processed, by this attempt or any other."""
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""The job's input, or the answer it asks for, is longer than the model can hold."""
+TRUNCATED = "truncated"
+"""The answer was cut off at a length limit and is of no use."""
+INVALID_OUTPUT = "invalid_output"
+"""The model answered, but not in the form that was asked for."""
+CANCELLED = "cancelled"
+"""The job was cancelled, or its worker gave it up, while it ran."""
+INTERNAL = "internal"
+"""The model service or the provider itself failed in a way that has no better name."""
+
+CATEGORIES = frozenset(
+    {
+        TIMEOUT,
+        RATE_LIMITED,
+        UNAVAILABLE,
+        UNAUTHORIZED,
+        INVALID_INPUT,
+        CONTEXT_LENGTH_EXCEEDED,
+        TRUNCATED,
+        INVALID_OUTPUT,
+        CANCELLED,
+        INTERNAL,
+    }
+)
+"""The categories with a fixed meaning. A provider may use its own as well: lower case, digits and `_`, at most 64 characters."""
+
+_CATEGORY = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class NotCompleted(Exception):
+    """A run that ended without a result. Raise `NotNow` or `Never`; catch this to meet both.
+
+    `category` is one of `CATEGORIES` or a name of the provider's own; `message` is a sentence for the caller and the operator, without
+    secrets and payloads; `usage` is what the attempt consumed, as in `Result`, or None if that is unknown.
+    """
+
+    def __init__(self, category: str, message: str, *, usage: Mapping[str, Any] | None = None) -> None:
+        if not _CATEGORY.fullmatch(category):
+            raise ValueError(f"a category is lower case letters, digits and _, at most 64 of them: {category!r}")
+        super().__init__(f"{category}: {message}")
+        self.category = category
+        self.message = message
+        self.usage = usage
+
+
+class NotNow(NotCompleted):
+    """This attempt failed, a later one may succeed.
+
+    `retry_in_seconds` is the delay the model service asked for; None if it named none, and then the queue's own back-off applies.
+    `burns_attempt` is False when the model service did no work for this job (it was away, full, or refused the key): the job goes back
+    unharmed, its attempt not counted. Leave it True once the request may have been worked on, or a job that kills its server never ends.
+    """
+
+    def __init__(
+        self,
+        category: str,
+        message: str,
+        *,
+        retry_in_seconds: float | None = None,
+        burns_attempt: bool = True,
+        usage: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(category, message, usage=usage)
+        self.retry_in_seconds = retry_in_seconds
+        self.burns_attempt = burns_attempt
+
+
+class Never(NotCompleted):
+    """No attempt will succeed with this input: the job fails now, whatever attempts it has left."""
+
+
+# ---------------------------------------------------------------- job and health
+
+
+def _ignore_progress(_progress: Mapping[str, Any]) -> None:
+    """The report of a job nobody watches."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Job:
+    """One attempt at a job, as a provider sees it. Its input does not show in `repr`."""
+
+    id: str
+    """The job's UUID."""
+    owner_service: str
+    """Who asked, for example `telephony`."""
+    owner_ref: str
+    """The caller's own reference."""
+    task_type: str
+    """The technical class of task, for example `call_analysis`."""
+    model_profile: str
+    """The profile asked for: one of the provider's `model_profiles`."""
+    input: Any = attrs.field(repr=False)
+    """The decoded JSON of the caller."""
+    attempt: int = 1
+    """Which attempt this is, from 1."""
+    max_attempts: int = 1
+    """How many attempts the job may use."""
+    traceparent: str | None = None
+    """The caller's W3C trace context, to pass on."""
+    deadline: float | None = None
+    """When the run must have ended, on `time.monotonic()`'s clock; None = only the provider's own limit."""
+    cancelled: threading.Event = attrs.field(factory=threading.Event, repr=False)
+    """Set when the result is no longer wanted. A provider stops soon after (a second is good) and raises `NotNow(CANCELLED, ...)`."""
+    report_progress: Callable[[Mapping[str, Any]], None] = attrs.field(default=_ignore_progress, repr=False)
+    """Call it with a small JSON object (under 4 KB) to show how far the job is. Cheap, may be called often, keeps only the latest."""
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline, 0 when it has passed, None when there is none."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+
+@attrs.frozen
+class Result:
+    """What a completed job returns: `value` is any JSON, `usage` a small JSON object (under 4 KB) or None.
+
+    Usual names in `usage`: `prompt_tokens`, `completion_tokens`, `total_tokens`, `audio_seconds`, `model`. Leave out what is not known:
+    absent is not zero.
+    """
+
+    value: Any = attrs.field(repr=False)
+    usage: Mapping[str, Any] | None = None
+
+
+Status = Literal["ok", "degraded", "unavailable", "not_configured"]
+
+
+@attrs.frozen
+class Health:
+    """How a provider's model service is doing.
+
+    `ok`: it would take a job. `degraded`: it answers, but something needs a look. `unavailable`: it would not take a job.
+    `not_configured`: nothing is set for it. `detail` says why in a sentence; `endpoint` is the address without user info;
+    `latency_ms` is how long the look took, in milliseconds.
+    """
+
+    status: Status = attrs.field(validator=attrs.validators.in_(("ok", "degraded", "unavailable", "not_configured")))
+    detail: str | None = None
+    models: tuple[str, ...] = ()
+    endpoint: str | None = None
+    latency_ms: float | None = None
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+class Provider(Protocol):
+    """The code that talks to one model service. One object serves the whole process: both methods may run in several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """How it is called in status, logs and messages: the name of its entry point."""
+
+    @property
+    def model_profiles(self) -> tuple[str, ...]:
+        """The profiles it serves: jobs of these are claimed for it."""
+
+    def check(self) -> Health:
+        """Take a quick look at the model service, within 3 seconds. Raises nothing: trouble is a `Health` too."""
+
+    def run(self, job: Job) -> Result:
+        """Do the job and return its result, within the job's deadline; raise `NotNow` or `Never` if there is none."""
+
+
+class NotConfigured(Exception):
+    """Raised by an entry point whose settings are absent; the argument says which, as a sentence."""
+
+
+class SettingsError(Exception):
+    """Raised by an entry point whose settings are wrong: all the problems at once, a plain sentence each, without secret values."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+# ---------------------------------------------------------------- discovery
+
+
+@attrs.frozen(kw_only=True)
+class Listed:
+    """One installed provider: made, or the reason why it could not be."""
+
+    name: str
+    origin: str
+    """Where it comes from: the entry point's `module:object`."""
+    provider: Provider | None = attrs.field(default=None, repr=False)
+    health: Health | None = None
+    """Set when there is no provider: `not_configured`, or `unavailable` with the reason."""
+    problems: tuple[str, ...] = ()
+    """The wrong settings, a sentence each. A process that runs jobs refuses to start on them."""
+    secrets: tuple[str, ...] = attrs.field(default=(), repr=False)
+    """Secret values that never leave in a detail or an endpoint."""
+
+    @property
+    def model_profiles(self) -> tuple[str, ...]:
+        """The profiles it serves, none when it could not be made."""
+        return () if self.provider is None else tuple(self.provider.model_profiles)
+
+
+class ProviderConflict(Exception):
+    """Two providers serve one profile, so that a job's way would be a matter of chance. The message names all three."""
+
+    def __init__(self, profile: str, first: Listed, second: Listed) -> None:
+        one, other = (f"{listed.name} ({listed.origin})" for listed in (first, second))
+        super().__init__(f"model profile {profile!r} is served by two providers, {one} and {other}: uninstall or unset one of them")
+        self.profile = profile
+        self.names = (first.name, second.name)
+
+
+def discover(environ: Mapping[str, str]) -> tuple[Listed, ...]:
+    """Make every installed provider from the environment, in the order of their names. Raises nothing.
+
+    One that has no settings, or cannot be imported or made, is listed with the reason in its `health`; the others go on.
+    """
+    entries = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
+    return tuple(_listed(entry, environ) for entry in entries)
+
+
+def by_profile(listed: Iterable[Listed]) -> dict[str, Provider]:
+    """Which provider runs a job of a profile. Raises `ProviderConflict` when two of them serve the same one."""
+    chosen: dict[str, Listed] = {}
+    for one in listed:
+        for profile in one.model_profiles:
+            if chosen.setdefault(profile, one) is not one:
+                raise ProviderConflict(profile, chosen[profile], one)
+    return {profile: one.provider for profile, one in chosen.items() if one.provider is not None}
+
+
+def _listed(entry: EntryPoint, environ: Mapping[str, str]) -> Listed:
+    """The provider of one entry point, or why there is none."""
+    secrets = secrets_in(environ)
+    try:
+        provider: Provider = entry.load()(environ)
+        _refuse_what_is_no_provider(provider)
+    except NotConfigured as absent:
+        return Listed(name=entry.name, origin=entry.value, health=Health("not_configured", redact(str(absent), secrets)))
+    except SettingsError as wrong:
+        problems = tuple(redact(problem, secrets) for problem in wrong.problems)
+        log.warning("provider_settings_refused name=%s problems=%s", entry.name, "; ".join(problems))
+        return Listed(name=entry.name, origin=entry.value, health=Health("unavailable", "; ".join(problems)), problems=problems)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 -- a stranger's code; whatever it does, the others go on
+        reason = redact(f"{type(error).__name__}: {error}", secrets)
+        log.warning("provider_skipped name=%s origin=%s reason=%s", entry.name, entry.value, reason)
+        return Listed(name=entry.name, origin=entry.value, health=Health("unavailable", reason))
+    return Listed(name=entry.name, origin=entry.value, provider=provider, secrets=secrets)
+
+
+def _refuse_what_is_no_provider(thing: object) -> None:
+    missing = [member for member in ("name", "model_profiles", "check", "run") if not hasattr(thing, member)]
+    if missing:
+        raise TypeError(f"{type(thing).__name__} is no provider: it has no {', '.join(missing)}")
+    profiles = getattr(thing, "model_profiles", None)
+    if not isinstance(profiles, tuple) or not all(isinstance(profile, str) for profile in profiles):
+        raise TypeError(f"{type(thing).__name__}.model_profiles must be a tuple of names")
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_all(listed: Iterable[Listed], limit_seconds: float = 3.0) -> list[dict[str, Any]]:
+    """Look at all providers at once and say how they are, in the order given, after at most `limit_seconds`. Raises nothing.
+
+    Each item has `name`, `status`, `model_profiles`, `checked_at` (RFC 3339, UTC) and, where known, `models`, `endpoint`, `latency_ms`
+    and `detail`. A provider that has not answered in time is `unavailable`. Secrets and user info are taken out of every text.
+    """
+    until = time.monotonic() + limit_seconds
+    checks = [_Check(one) for one in listed]
+    for check in checks:
+        check.start()
+    for check in checks:
+        check.join(max(0.0, until - time.monotonic()))
+    return [_item(check.listed, check.health or Health("unavailable", f"did not answer within {limit_seconds:g} s")) for check in checks]
+
+
+class _Check(threading.Thread):
+    """One provider's check. A daemon, so that one that never returns cannot hold up the process's end."""
+
+    def __init__(self, listed: Listed) -> None:
+        super().__init__(name=f"check-{listed.name}", daemon=True)
+        self.listed = listed
+        self.health = listed.health
+
+    def run(self) -> None:
+        if self.listed.provider is not None:
+            self.health = _health_of(self.listed.provider)
+
+
+def _health_of(provider: Provider) -> Health:
+    try:
+        health = provider.check()
+    except Exception as error:  # noqa: BLE001 -- a stranger's code; a check that breaks is a finding, not the end of the page
+        return Health("unavailable", f"its check failed with {type(error).__name__}: {error}")
+    return health if isinstance(health, Health) else Health("unavailable", f"its check returned {type(health).__name__}, not Health")
+
+
+def _item(listed: Listed, health: Health) -> dict[str, Any]:
+    item: dict[str, Any] = {"name": listed.name, "status": health.status, "model_profiles": list(listed.model_profiles)}
+    if health.models:
+        item["models"] = list(health.models)
+    if health.endpoint:
+        item["endpoint"] = redact(health.endpoint, listed.secrets)
+    if health.latency_ms is not None:
+        item["latency_ms"] = round(health.latency_ms, 1)
+    if health.detail:
+        item["detail"] = redact(health.detail, listed.secrets)
+    return item | {"checked_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")}
+
+
+# ---------------------------------------------------------------- settings
+
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_SECONDS = re.compile(_NUMBER)
+_UNITS = re.compile(rf"(?=.)(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?")
+_UNIT_SECONDS = (86_400, 3_600, 60, 1)
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+
+
+def parse_duration(text: str) -> float:
+    """The seconds of `5m`, `90s`, `1h30m`, `2d`, or of a plain number of seconds. Raises `ValueError` with a sentence that says so."""
+    written = text.strip()
+    units = _UNITS.fullmatch(written)
+    if _SECONDS.fullmatch(written):
+        seconds = float(written)
+    elif units:
+        seconds = sum(float(number) * unit for number, unit in zip(units.groups(), _UNIT_SECONDS, strict=True) if number)
+    else:
+        raise ValueError(f"{text!r} is no duration: write it like 5m, 90s or 1h30m, or as a number of seconds")
+    if not math.isfinite(seconds):
+        raise ValueError("the duration is longer than a number can hold")
+    return seconds
+
+
+def secrets_in(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The values of settings whose names say that they are secret (`…KEY`, `…TOKEN`, `…PASSWORD`…), longest first.
+
+    Values under 6 characters are left out: taking them out of a text would mostly hit words that are no secret.
+    """
+    values = {value.strip() for name, value in environ.items() if _SECRET_NAME.search(name)}
+    return tuple(sorted((value for value in values if len(value) >= 6), key=len, reverse=True))
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without these secrets, and without user info in any URL."""
+    for secret in secrets:
+        text = text.replace(secret, "[secret]")
+    return _USER_INFO.sub("", text)
