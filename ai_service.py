@@ -627,9 +627,13 @@ class WaitingRoom:
         """The answer to a claim, after waiting for a job as long as it wished and there is room to wait. Raises a Refusal."""
         ticket = Ticket(request, client_is_gone, time.monotonic() + (request.wait_seconds or 0))
         with self._lock:
+            earlier = [other for other in self._tickets if other.parked and other.request.claim_id == request.claim_id]
             self._tickets.append(ticket)
             self._woken.append(ticket)
             self._changed.notify()
+        # A repeat while the first still waits: the caller gave that one up.
+        for other in earlier:
+            self._leave(other, Claimed(str(request.claim_id), ""))
         ticket.done.wait()
         if isinstance(ticket.answer, Refusal):
             raise ticket.answer
@@ -682,7 +686,8 @@ class WaitingRoom:
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._changed.wait_for(lambda: self._woken, timeout=self._pause())
+                if not self._woken:
+                    self._changed.wait(self._pause())
                 woken, self._woken = self._woken, []
             try:
                 self._claim_for(woken)
@@ -703,8 +708,13 @@ class WaitingRoom:
         tickets = [ticket for ticket in tickets if not self._dismissed(ticket)]
         by_filters = sorted(tickets, key=lambda ticket: tuple((names is not None, names or ()) for names in ticket.request.filters))
         for _, group in itertools.groupby(by_filters, key=lambda ticket: ticket.request.filters):
+            nothing_left = False
             for batch in _batches(list(group)):
-                for ticket, answer in zip(batch, self._queue.claim([ticket.request for ticket in batch]), strict=True):
+                if nothing_left and all(ticket.parked for ticket in batch):
+                    continue
+                answers = self._queue.claim([ticket.request for ticket in batch])
+                nothing_left = answers[-1] == Claimed(str(batch[-1].request.claim_id), "")
+                for ticket, answer in zip(batch, answers, strict=True):
                     self._settle(ticket, answer)
 
     def _settle(self, ticket: Ticket, answer: Claimed | Refusal) -> None:
@@ -716,8 +726,9 @@ class WaitingRoom:
 
     def _leave(self, ticket: Ticket, answer: Claimed | Refusal) -> None:
         with self._lock:
-            self._tickets.remove(ticket)
-        ticket.deliver(answer)
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+                ticket.deliver(answer)
 
     def _dismissed(self, ticket: Ticket) -> bool:
         """Whether a ticket was dropped since its client hung up: it must take no job."""
@@ -1243,9 +1254,9 @@ class Service:
 class StrictQueries:
     """Refuses query parameters that a route does not have."""
 
-    def process_resource(self, request: falcon.Request, _response: falcon.Response, resource: Resource, _params: object) -> None:
+    def process_resource(self, request: falcon.Request, _response: falcon.Response, resource: object, _params: Any) -> None:
         """Called by Falcon before each responder."""
-        if request.params and request.method not in resource.queried:
+        if request.params and isinstance(resource, Resource) and request.method not in resource.queried:
             read_query(request.params, Nothing)
 
 

@@ -24,12 +24,13 @@
 --   upkeep_state    when the ledger was folded last
 --   schema_version  which of these files was applied
 --
--- Functions, called by one statement each, carry the version of their signature: a later release adds _v2 and leaves _v1 to the
+-- Functions, called by one statement each, hold their plans themselves (`set enable_seqscan = off` and so on: statistics are always behind
+-- on tables that fill and empty). They carry the version of their signature: a later release adds _v2 and leaves _v1 to the
 -- release before it. In the order of a job's life: create_jobs, claim_jobs, peek, heartbeat_jobs, complete_jobs, fail_jobs, release_jobs,
 -- retry_jobs, cancel_job, delete_job, job_texts, pause_jobs, resume_jobs, stats, upkeep, add_partitions, retire_partition, clear_retired.
 --
--- Locks, in the order they are taken: lock 1 (claims, one at a time), lock 2 (lanes: shared by whoever queues, alone by pause and idling),
--- lock 4 (new lanes), rows in the order of their key; lock 3 (upkeep) is only tried.
+-- Advisory locks: 1 claims, one at a time; 2 lanes, shared by whoever queues a job, alone by pause and idling; 3 upkeep, only tried;
+-- 4 new lanes, after 2. Rows of held are locked in the order of job_id and before lock 2, rows of idempotency in the order of their key.
 
 create table if not exists schema_version (
   version int primary key,
@@ -316,7 +317,8 @@ end $$;
 create or replace function create_jobs_v1(
   owners text[], types text[], profiles text[], priorities int[], lane_nos int[], owner_refs text[], inputs text[], input_sizes int[],
   max_attempts_ int[], run_ats timestamptz[], expires_ats timestamptz[], keys text[], traceparents text[]
-) returns table (n bigint, id uuid, status text, created boolean) language plpgsql as $$
+) returns table (n bigint, id uuid, status text, created boolean) language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   lane_ids int[]; ids uuid[]; final_ids uuid[]; made int; keyed int := cardinality(array_remove(keys, null)); differs text;
@@ -533,13 +535,15 @@ begin
 end $$;
 
 -- What a process with parked requests asks a few times a second: has anything become ready, and which of these jobs have finished.
-create or replace function peek_v1(job_ids uuid[]) returns table (seq bigint, due boolean, ended uuid[]) language sql volatile as $$
+create or replace function peek_v1(job_ids uuid[]) returns table (seq bigint, due boolean, ended uuid[]) language sql volatile
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   select last_value, exists (select from waiting where run_at <= now()), array(select job_id from ended where job_id = any (job_ids))
   from readiness
 $$;
 
 create or replace function heartbeat_jobs_v1(job_ids uuid[], claim_ids uuid[], lease_seconds_ float8[], progresses text[])
-returns table (n bigint, outcome text, lease_expires_at text, lease_seconds float8, worker_id text) language plpgsql as $$
+returns table (n bigint, outcome text, lease_expires_at text, lease_seconds float8, worker_id text) language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
   return query
@@ -675,14 +679,16 @@ end $$;
 create or replace function fail_jobs_v1(
   job_ids uuid[], claim_ids uuid[], categories text[], messages text[], retryables boolean[], delays float8[],
   usages text[], prompts bigint[], completions bigint[], totals bigint[], audios float8[]
-) returns table (n bigint, outcome text) language plpgsql as $$
+) returns table (n bigint, outcome text) language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare done bigint[] := end_attempts('fail', job_ids, claim_ids, categories, messages, retryables, delays, usages, prompts, completions, totals, audios);
 begin
   return query select u.i, case when u.i = any (done) then 'ok' else late_outcome(u.job_id, u.claim_id, 'fail') end
   from unnest(job_ids, claim_ids) with ordinality u (job_id, claim_id, i) order by u.i;
 end $$;
 
-create or replace function release_jobs_v1(job_ids uuid[], claim_ids uuid[], delays float8[]) returns table (n bigint, outcome text) language plpgsql as $$
+create or replace function release_jobs_v1(job_ids uuid[], claim_ids uuid[], delays float8[]) returns table (n bigint, outcome text) language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   said text[] := array_fill('released'::text, array[cardinality(job_ids)]);
   done bigint[] := end_attempts('release', job_ids, claim_ids, said, array_fill('given back by its worker'::text, array[cardinality(job_ids)]), null, delays, null, null, null, null, null);
@@ -723,11 +729,13 @@ begin
   raise exception 'the job kept moving' using errcode = 'serialization_failure';
 end $$;
 
-create or replace function retry_jobs_v1(job_ids uuid[], from_ text[]) returns table (n bigint, outcome text) language sql volatile as $$
+create or replace function retry_jobs_v1(job_ids uuid[], from_ text[]) returns table (n bigint, outcome text) language sql volatile
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   select u.n, retry_job(u.job_id, from_) from (select * from unnest(job_ids) with ordinality u (job_id, n) order by u.job_id) u
 $$;
 
-create or replace function cancel_job_v1(of_job uuid, reason text) returns text language plpgsql as $$
+create or replace function cancel_job_v1(of_job uuid, reason text) returns text language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare gone record; state text;
 begin
   for try in 1 .. 20 loop
@@ -760,7 +768,8 @@ begin
   raise exception 'the job kept moving' using errcode = 'serialization_failure';
 end $$;
 
-create or replace function delete_job_v1(of_job uuid) returns text language plpgsql as $$
+create or replace function delete_job_v1(of_job uuid) returns text language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 begin
   delete from ended where job_id = of_job;
   if not found then
@@ -985,7 +994,8 @@ begin
 end $$;
 
 -- What every process calls every two seconds; one of them does the work. Bounded: what is left over waits for the next call.
-create or replace function upkeep_v1(worker_ids text[], reports text[], ages float8[]) returns table (rescued int, expired int, promoted int) language plpgsql as $$
+create or replace function upkeep_v1(worker_ids text[], reports text[], ages float8[]) returns table (rescued int, expired int, promoted int) language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 begin
   insert into worker as w (worker_id, seen_at, report)
   select u.id, now() - u.age * interval '1 second', u.report::json from unnest(worker_ids, reports, ages) u (id, report, age) order by u.id

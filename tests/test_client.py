@@ -1,0 +1,478 @@
+"""The HTTP client: what it sends, what it repeats and what not, and how it tells what went wrong."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from fake_service import Behaviour, FakeService, answers, forwards_and, hangs, loses, problem
+from service import Corner, Service
+
+from ai_client import (
+    AIService,
+    Backoff,
+    Beat,
+    ClaimIdReused,
+    ClaimLost,
+    Completion,
+    Failure,
+    Forbidden,
+    IdempotencyKeyReused,
+    InvalidState,
+    Job,
+    JobCancelled,
+    JobFilter,
+    NewJob,
+    NotFound,
+    NotJSON,
+    PayloadTooLarge,
+    RawJSON,
+    Release,
+    ServiceError,
+    ServiceUnavailable,
+    Unauthorized,
+    UnexpectedAnswer,
+    ValidationFailed,
+    encode,
+)
+
+JOB = {
+    "id": "018f0000-0000-7000-8000-000000000001",
+    "status": "pending",
+    "owner_service": "telephony",
+    "owner_ref": "call/1",
+    "task_type": "transcribe",
+    "model_profile": "whisperx",
+}
+CLAIMED = {**JOB, "claim_id": "secret-claim", "attempt": 1, "max_attempts": 3, "lease_seconds": 120, "input": {"a": 1}}
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeService]:
+    with FakeService() as server:
+        yield server
+
+
+@pytest.fixture
+def client(fake: FakeService) -> Iterator[AIService]:
+    with AIService(fake.url, retry_seconds=5) as client:
+        yield client
+
+
+def new_job(**fields: Any) -> NewJob:
+    return NewJob(**{"owner_service": "telephony", "owner_ref": "call/1", "task_type": "t", "model_profile": "p", "input": {}, **fields})
+
+
+# ---------------------------------------------------------------- repeats
+
+
+def test_creating_repeats_with_the_same_key_of_its_own_after_a_lost_answer(fake: FakeService, client: AIService) -> None:
+    fake.behave("/jobs", loses(), answers(200, JOB))
+    assert client.create_job(new_job()).id == JOB["id"]
+    first, second = (seen.json["idempotency_key"] for seen in fake.asked("/jobs"))
+    assert first == second
+    assert len(first) >= 32
+
+
+def test_two_new_jobs_have_two_keys_and_a_given_key_stands() -> None:
+    assert new_job().idempotency_key != new_job().idempotency_key
+    assert new_job(idempotency_key="mine").idempotency_key == "mine"
+
+
+def test_a_claim_repeats_with_the_same_random_claim_id_after_a_lost_answer(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs/claim", answers(200, {"claim_id": "c", "jobs": [CLAIMED]}))
+    fake.behave("/jobs/claim", loses())
+    assert [job.input for job in client.claim("w").jobs] == [{"a": 1}]
+    client.claim("w")
+    first, repeat, other = (seen.json["claim_id"] for seen in fake.asked("/jobs/claim"))
+    assert first == repeat != other
+
+
+def test_unavailable_is_met_again_after_the_time_the_service_names(fake: FakeService, client: AIService) -> None:
+    fake.behave("/jobs/x", problem(503, "unavailable", {"Retry-After": "1"}, retryable=True), answers(200, JOB))
+    began = monotonic()
+    client.get_job("x")
+    assert monotonic() - began >= 1
+
+
+def test_repeats_end_within_the_total_time(fake: FakeService) -> None:
+    fake.always("/jobs/x", problem(503, "unavailable"))
+    with AIService(fake.url, retry_seconds=0.5) as client, pytest.raises(ServiceUnavailable):
+        client.get_job("x")
+    assert 2 <= len(fake.seen) <= 6
+
+
+def test_a_named_time_beyond_the_total_time_is_not_waited_for(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs/x", problem(503, "unavailable", {"Retry-After": "3600"}))
+    began = monotonic()
+    with pytest.raises(ServiceUnavailable) as caught:
+        client.get_job("x")
+    assert caught.value.retry_after_seconds == 3600
+    assert monotonic() - began < 2
+
+
+def test_a_retry_after_as_a_date_is_understood(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs/x", problem(503, "unavailable", {"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"}))
+    with pytest.raises(ServiceUnavailable) as caught:
+        client.get_job("x")
+    assert caught.value.retry_after_seconds > 1e6
+
+
+def test_a_bulk_retry_is_not_repeated(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs/retry", loses())
+    with pytest.raises(ServiceUnavailable):
+        client.retry_many(JobFilter(status=["failed"]))
+    assert len(fake.seen) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "malformed_json"), (409, "claim_lost"), (422, "validation_failed"), (500, "internal")])
+def test_what_a_repeat_cannot_help_is_not_repeated(fake: FakeService, client: AIService, status: int, code: str) -> None:
+    fake.always("/complete", problem(status, code, retryable=False))
+    with pytest.raises(ServiceError):
+        client.complete("x", "c", {})
+    assert len(fake.seen) == 1
+
+
+def test_erasing_what_an_earlier_try_erased_is_success(fake: FakeService, client: AIService) -> None:
+    fake.behave("/jobs/x", loses(), problem(404, "job_not_found"))
+    client.delete("x")
+    assert [seen.method for seen in fake.seen] == ["DELETE", "DELETE"]
+
+
+def test_a_retry_tells_the_state_it_was_decided_upon(fake: FakeService, client: AIService) -> None:
+    fake.always("/retry", answers(200, JOB))
+    known = {name: JOB[name] for name in JOB if name != "status"}
+    client.retry(Job(**known, status="failed"))
+    client.retry(JOB["id"])
+    client.retry(JOB["id"], ["running"])
+    client.retry(Job(**known, status="completed"))
+    assert [seen.json["from"] for seen in fake.seen] == [["failed"], ["failed", "cancelled"], ["running"], ["failed", "cancelled"]]
+
+
+def test_pauses_grow_with_jitter_and_never_undercut_the_service() -> None:
+    backoff = Backoff(1.0, 4.0)
+    assert [0.5 * step <= backoff.next_seconds() <= step for step in (1, 2, 4, 4)] == [True] * 4
+    assert backoff.next_seconds(60) == 60
+    backoff.reset()
+    assert backoff.next_seconds() <= 1
+    assert len({Backoff().next_seconds() for _ in range(20)}) > 1
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (400, "malformed_json", ValidationFailed),
+        (401, "unauthorized", Unauthorized),
+        (403, "forbidden", Forbidden),
+        (404, "job_not_found", NotFound),
+        (409, "claim_lost", ClaimLost),
+        (409, "job_cancelled", JobCancelled),
+        (409, "invalid_state", InvalidState),
+        (409, "claim_id_reused", ClaimIdReused),
+        (409, "idempotency_key_reused", IdempotencyKeyReused),
+        (413, "body_too_large", PayloadTooLarge),
+        (422, "too_deep", ValidationFailed),
+        (503, "draining", ServiceUnavailable),
+    ],
+)
+def test_every_problem_has_its_exception(fake: FakeService, status: int, code: str, kind: type[ServiceError]) -> None:
+    fake.always("/cancel", problem(status, code, detail="why", errors=[{"path": "/reason", "message": "too long"}]))
+    with AIService(fake.url, retry_seconds=0) as client, pytest.raises(kind) as caught:
+        client.cancel("x")
+    error = caught.value
+    assert type(error) is kind
+    assert (error.status, error.code, error.detail) == (status, code, "why")
+    assert (error.errors[0].path, error.errors[0].message) == ("/reason", "too long")
+    assert str(error).endswith("why; /reason: too long")
+
+
+@pytest.mark.parametrize("body", [b"<html>Bad gateway</html>", b"", b"[1]", b"\xff", b'{"errors": [1, {}]}'])
+def test_an_error_body_of_somebody_else_is_still_an_error(fake: FakeService, body: bytes) -> None:
+    fake.always("/jobs/x", answers(502, body))
+    with AIService(fake.url, retry_seconds=0) as client, pytest.raises(ServiceUnavailable) as caught:
+        client.get_job("x")
+    assert (caught.value.status, caught.value.code) == (502, "http_502")
+
+
+@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"", b"[]", b"{}", b'{"id": 1}', b'{"id": "\xff"}', b'{"status": NaN}'])
+def test_an_answer_of_somebody_else_is_no_job(fake: FakeService, client: AIService, body: bytes) -> None:
+    fake.always("/jobs/x", answers(200, body))
+    with pytest.raises(UnexpectedAnswer):
+        client.get_job("x")
+
+
+def test_redirects_are_not_followed(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs/x", answers(302, headers={"Location": f"{fake.url}/elsewhere"}))
+    with pytest.raises(ServiceError) as caught:
+        client.get_job("x")
+    assert caught.value.status == 302
+    assert len(fake.seen) == 1
+
+
+def test_nobody_there_is_unavailable() -> None:
+    with FakeService() as gone:
+        url = gone.url
+    with AIService(url, retry_seconds=0.3) as client:
+        with pytest.raises(ServiceUnavailable) as caught:
+            client.get_job("x")
+        assert (caught.value.status, caught.value.code, caught.value.retryable) == (None, "no_answer", True)
+        assert client.healthz() is False
+        assert client.readyz() is False
+
+
+def test_a_service_that_hangs_is_given_up(fake: FakeService) -> None:
+    fake.always("/jobs/x", hangs())
+    with AIService(fake.url, retry_seconds=0, read_seconds=0.2) as client, pytest.raises(ServiceUnavailable):
+        client.get_job("x")
+
+
+def test_closing_ends_a_call_that_waits_in_another_thread(fake: FakeService) -> None:
+    fake.always("/jobs/claim", hangs())
+    client, caught = AIService(fake.url, retry_seconds=60), []
+
+    def claim() -> None:
+        try:
+            client.claim("w", wait_seconds=60)
+        except ServiceUnavailable as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=claim)
+    thread.start()
+    fake.wait_for("/jobs/claim")
+    client.close()
+    thread.join(2)
+    assert not thread.is_alive()
+    assert len(caught) == 1
+
+
+# ---------------------------------------------------------------- secrets
+
+
+def test_the_token_goes_into_the_header_and_nowhere_else(fake: FakeService) -> None:
+    fake.always("/jobs/x", problem(401, "unauthorized"))
+    with AIService(fake.url, "very-secret", retry_seconds=0) as client:
+        with pytest.raises(Unauthorized) as caught:
+            client.get_job("x")
+        assert "very-secret" not in f"{client!r}{caught.value!r}{caught.value}"
+    assert fake.seen[0].headers["Authorization"] == "Bearer very-secret"
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "schlüssel"])
+def test_a_token_that_no_header_carries_is_refused_without_showing_it(token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
+        AIService("http://127.0.0.1:1", token)
+    assert not token or token not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "http://me:pass-word@host", "http://host/?q=1", "http://[::1"])
+def test_an_address_that_will_not_do_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(ValueError, match=r"it (must|is)") as caught:
+        AIService(url)
+    assert "pass-word" not in str(caught.value)
+
+
+def test_a_claim_id_does_not_show(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs/claim", answers(200, {"claim_id": "secret-claim", "jobs": [CLAIMED]}))
+    claim = client.claim("w")
+    shown = [claim, *claim.jobs, Completion("x", "secret-claim", 1), Failure("x", "secret-claim", "c", "m"), Beat("x", "secret-claim")]
+    assert "secret-claim" not in repr(shown)
+    assert claim.jobs[0].claim_id == "secret-claim"
+
+
+# ---------------------------------------------------------------- payloads
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, {"a": [-math.inf]}, "\ud800", {1, 2}, b"x", object(), {math.nan: 1}])
+def test_what_is_no_json_is_refused_before_it_is_sent(fake: FakeService, client: AIService, value: Any) -> None:
+    with pytest.raises(NotJSON):
+        client.create_job(new_job(input=value))
+    assert fake.seen == []
+
+
+def test_a_bottomless_value_is_refused() -> None:
+    value: list[Any] = []
+    value.append(value)
+    with pytest.raises(NotJSON):
+        encode(value)
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(NotJSON):
+        encode(deep)
+
+
+@pytest.mark.parametrize("text", ['1, "claim_id": "x"', "", "NaN", "{", "[1,]", '"\ud800"', "{}{}"])
+def test_raw_text_that_is_no_single_json_value_is_refused(text: str) -> None:
+    with pytest.raises(NotJSON):
+        RawJSON(text)
+
+
+def test_raw_text_goes_out_character_by_character(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs", answers(201, JOB))
+    client.create_job(new_job(input=RawJSON('{"b":1.10,  "a":1E400,"b":2}')))
+    assert b'"input":{"b":1.10,  "a":1E400,"b":2}' in fake.seen[0].body
+
+
+def test_numbers_and_text_are_unharmed() -> None:
+    value = {"float": 0.1 + 0.2, "int": 10**40, "text": 'ü\u2028"\\\0', "none": None}
+    assert RawJSON(encode(value)).decode() == value
+
+
+def test_a_number_that_python_refuses_hurts_only_who_looks(fake: FakeService, client: AIService) -> None:
+    claimed = encode(CLAIMED | {"input": 7}).replace('"input":7', f'"input":{"7" * 5000}')
+    fake.always("/jobs/claim", answers(200, f'{{"claim_id":"c","jobs":[{claimed}]}}'.encode()))
+    [job] = client.claim("w").jobs
+    assert job.raw_input.text == "7" * 5000
+    with pytest.raises(NotJSON):
+        _ = job.input
+
+
+def test_fields_of_a_newer_service_are_ignored(fake: FakeService, client: AIService) -> None:
+    error = {"category": "timeout", "message": "slow", "hint": 1}
+    fake.always("/jobs/x", answers(200, {**JOB, "error": error, "errors": [{**error, "attempt": 1, "x": 2}], "colour": "red"}))
+    job = client.get_job("x")
+    assert job.error is not None
+    assert (job.error.category, job.errors[0].attempt) == ("timeout", 1)
+
+
+def test_times_go_out_in_utc_and_come_back_with_a_zone(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs", answers(201, {**JOB, "created_at": "2026-01-02T03:04:05.678901Z"}))
+    at = datetime(2030, 1, 1, tzinfo=UTC)
+    assert client.create_job(new_job(run_at=at)).created_at == datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+    assert fake.seen[0].json["run_at"] == "2030-01-01T00:00:00Z"
+    with pytest.raises(ValueError, match="time zone"):
+        client.create_job(new_job(run_at=datetime(2030, 1, 1)))  # noqa: DTZ001 -- the mistake itself
+
+
+def test_a_null_input_is_sent_as_null(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs", answers(201, JOB))
+    client.create_job(new_job(input=None))
+    assert fake.seen[0].json["input"] is None
+
+
+# ---------------------------------------------------------------- against the service
+
+
+@pytest.fixture
+def real(service: Service) -> Iterator[AIService]:
+    with AIService(f"http://127.0.0.1:{service.api.port}") as client:
+        yield client
+
+
+def in_corner(corner: Corner, **fields: Any) -> NewJob:
+    place = {"owner_service": corner.owner_service, "task_type": corner.task_type, "model_profile": corner.model_profile}
+    return new_job(**place, **fields)
+
+
+def test_a_job_lives_through_the_client(real: AIService, corner: Corner) -> None:
+    created = real.create_job(in_corner(corner, input={"n": 1.10}, priority=2, max_attempts=2))
+    [job] = real.claim("w1", model_profiles=[corner.model_profile], lease_seconds=60, worker={"version": "1"}).jobs
+    assert (job.id, job.input, job.attempt, job.lease_seconds, job.priority) == (created.id, {"n": 1.1}, 1, 60, 2)
+    lease = real.heartbeat(job.id, job.claim_id, lease_seconds=90, progress={"done": 1})
+    assert lease.lease_seconds == 90
+    assert real.get_job(job.id).progress == {"done": 1}
+    done = real.complete(job.id, job.claim_id, {"text": "hello"}, {"total_tokens": 3})
+    assert (done.status, done.usage) == ("completed", {"total_tokens": 3})
+    waited = real.wait_for_job(job.id, timeout_seconds=5)
+    assert (waited.result, waited.finished) == ({"text": "hello"}, True)
+    assert real.get_job(job.id, include_input=True).input == {"n": 1.1}
+
+
+def test_waiting_for_a_job_ends_with_the_time(real: AIService, corner: Corner) -> None:
+    created = real.create_job(in_corner(corner))
+    with pytest.raises(TimeoutError, match="pending"):
+        real.wait_for_job(created.id, timeout_seconds=0.2)
+
+
+def test_a_failed_job_is_retried_cancelled_and_erased(real: AIService, corner: Corner) -> None:
+    created = real.create_job(in_corner(corner))
+    [job] = real.claim("w1", model_profiles=[corner.model_profile]).jobs
+    failed = real.fail(job.id, job.claim_id, "invalid_input", "no audio", usage={"audio_seconds": 1})
+    assert (failed.status, failed.error and failed.error.category, failed.errors[0].usage) == (
+        "failed",
+        "invalid_input",
+        {"audio_seconds": 1},
+    )
+    assert real.retry(failed).status == "pending"
+    assert real.cancel(created.id, "not needed").status == "cancelled"
+    real.delete(created.id)
+    real.delete(created.id)
+    with pytest.raises(NotFound):
+        real.get_job(created.id)
+    assert real.get_jobs([created.id]) == (None,)
+
+
+def test_waiting_does_not_hurry_where_the_service_answers_at_once(fake: FakeService, client: AIService) -> None:
+    fake.always("/jobs/x", answers(200, JOB))
+    with pytest.raises(TimeoutError):
+        client.wait_for_job("x", timeout_seconds=1)
+    assert len(fake.seen) <= 10
+
+
+def test_many_jobs_at_once(real: AIService, corner: Corner) -> None:
+    jobs = [in_corner(corner, owner_ref=f"call/{number}") for number in range(6)]
+    batch, again = real.create_jobs(jobs), real.create_jobs(jobs)
+    assert (batch.created, again.existing) == (6, 6)
+    assert [item.id for item in batch.jobs] == [item.id for item in again.jobs]
+    one, two, three, four, five, six = real.claim("w1", limit=6, model_profiles=[corner.model_profile]).jobs
+    beats = real.heartbeat_many([Beat(one.id, one.claim_id), Beat(two.id, str(uuid4()))], worker={"version": "1"})
+    assert [(answer.status, type(answer.error)) for answer in beats] == [(200, type(None)), (409, ClaimLost)]
+    results = [Completion(one.id, one.claim_id, RawJSON('{"x":1.10}')), Completion(two.id, two.claim_id, None)]
+    assert [answer.status for answer in real.complete_many(results)] == [200, 200]
+    assert real.get_job(one.id).raw_result == RawJSON('{"x":1.10}')
+    failures = [Failure(three.id, three.claim_id, "timeout", "slow"), Failure(four.id, four.claim_id, "timeout", "slow", retryable=True)]
+    assert [answer.status for answer in real.fail_many(failures)] == [200, 200]
+    assert real.release_many([Release(five.id, five.claim_id), Release(six.id, six.claim_id, 60)])[0].status == 200
+    statuses = ["completed", "completed", "failed", "pending", "pending", "pending"]
+    assert [job and job.status for job in real.get_jobs([item.id for item in batch.jobs])] == statuses
+    assert real.retry_many(JobFilter(owner_service=[corner.owner_service], error_category=["timeout"])).retried == 1
+
+
+def test_a_list_is_walked_page_by_page(real: AIService, corner: Corner) -> None:
+    batch = real.create_jobs([in_corner(corner, owner_ref=f"call/{number}") for number in range(5)])
+    mine = JobFilter(owner_service=[corner.owner_service], status=["pending", "running"], created_after=datetime(2020, 1, 1, tzinfo=UTC))
+    page = real.list_jobs(mine, limit=2)
+    assert len(page.jobs) == 2
+    assert page.next_cursor
+    assert [job.id for job in real.iter_jobs(mine, page_size=2)] == [item.id for item in reversed(batch.jobs)]
+
+
+def test_the_operators_calls(real: AIService, corner: Corner) -> None:
+    real.create_job(in_corner(corner))
+    real.pause(task_types=[corner.task_type])
+    assert real.claim("w1", model_profiles=[corner.model_profile]).jobs == ()
+    real.resume(task_types=[corner.task_type])
+    assert len(real.claim(corner.worker_id, model_profiles=[corner.model_profile]).jobs) == 1
+    assert real.stats(3600)["window_seconds"] == 3600
+    assert any(worker["worker_id"] == corner.worker_id for worker in real.workers())
+    assert "providers" in real.providers_status()
+    assert real.healthz()
+    assert real.readyz()
+
+
+def test_lost_answers_of_the_service_change_nothing(service: Service, corner: Corner) -> None:
+    lost: Behaviour = forwards_and(loses())
+    with FakeService(forward_to=service.api.port) as between, AIService(between.url) as client:
+        for end in ("/jobs", "/jobs/claim", "/complete"):
+            between.behave(end, lost)
+        created = client.create_job(in_corner(corner))
+        [job] = client.claim("w1", model_profiles=[corner.model_profile]).jobs
+        assert (job.id, job.attempt) == (created.id, 1)
+        assert client.complete(job.id, job.claim_id, "first").status == "completed"
+        assert len(list(client.iter_jobs(JobFilter(owner_service=[corner.owner_service])))) == 1
+
+
+def test_threads_share_a_client(real: AIService, corner: Corner) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        created = list(threads.map(lambda number: real.create_job(in_corner(corner, owner_ref=str(number))).owner_ref, range(100)))
+    assert created == [str(number) for number in range(100)]

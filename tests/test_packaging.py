@@ -1,0 +1,94 @@
+"""What is installed is complete: a wheel, put where no source tree is, has its command, its schema, its jobs and its providers."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "."]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment with the wheel in it, not editable; the packages it needs are those of this environment."""
+    environment = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        str(wheel),
+    ]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (site,) = environment.glob("lib/python3*/site-packages")
+    # A plain path: the .pth files of this environment, that of an editable install too, are not read through it.
+    (site / "packages.pth").write_text(str(Path(pytest.__file__).parent.parent) + "\n")
+    return environment / "bin"
+
+
+def run(command: list[str], cwd: Path) -> str:
+    """What the command prints, run where no source tree is."""
+    inherited = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH")}
+    ended = subprocess.run(command, cwd=cwd, env=inherited, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
+def test_wheel_holds_every_module_of_the_project_and_no_tests(wheel: Path) -> None:
+    names = {Path(name).parts[0] for name in zipfile.ZipFile(wheel).namelist()}
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert names == {*modules, "providers", "schema.sql", "demo_jobs.jsonl", f"ai_service-{PROJECT['version']}.dist-info"}
+
+
+def test_installed_command_says_its_version(installed: Path, tmp_path: Path) -> None:
+    assert PROJECT["version"] in run([str(installed / "ai-service"), "--version"], tmp_path)
+
+
+def test_installed_modules_find_their_files(installed: Path, tmp_path: Path) -> None:
+    program = (
+        "import ai_service, ai_demo, json, pathlib; folder = pathlib.Path(ai_service.__file__).parent;"
+        "print(json.dumps([str(folder), (folder / 'schema.sql').is_file(), ai_demo.JOBS.is_file()]))"
+    )
+    folder, schema, jobs = json.loads(run([str(installed / "python"), "-c", program], tmp_path))
+    assert Path(folder).is_relative_to(installed.parent)
+    assert schema
+    assert jobs
+
+
+def test_installed_providers_are_found_and_load(installed: Path, tmp_path: Path) -> None:
+    program = "from importlib.metadata import entry_points as e; print([p.load().name for p in e(group='ai_service.providers')])"
+    assert "vllm" in run([str(installed / "python"), "-c", program], tmp_path)
+
+
+def test_installed_command_without_a_database_names_the_remedy(installed: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [str(installed / "ai-service"), "serve"], cwd=tmp_path, env={}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode != 0
+    assert "DATABASE_URL" in ended.stderr
+    assert "ai-service serve --embedded" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,250 @@
+"""schema.sql by itself: applied by many at once, kept while older processes serve, partitioned, retired; and the ledger behind stats."""
+
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from postgres import fresh_schema
+from service import running_service, wait_until
+
+from ai_database import SCHEMA_VERSION, Database, migrate, schema_version
+from ai_database_url import read_database_url
+from ai_requests import ClaimRequest, Completion, NewJob, SchemaMissing
+from ai_service import Claimed, Queue
+
+
+@pytest.fixture
+def database(postgres_url: str) -> Iterator[Database]:
+    """A pool on an empty schema of the test's own."""
+    with fresh_schema(postgres_url) as schema:
+        database = Database(read_database_url(postgres_url), schema, 4)
+        yield database
+        database.close()
+
+
+@pytest.fixture
+def queue(database: Database) -> Queue:
+    migrate(database)
+    return Queue(database)
+
+
+def new_job(number: int = 0, **fields: object) -> NewJob:
+    return NewJob("owner", "type", "profile", f"ref/{number}", "1", **fields)  # type: ignore[arg-type]
+
+
+def rows(database: Database, statement: str) -> list[list[object]]:
+    return database.run(statement)
+
+
+def life(queue: Queue, jobs: list[NewJob]) -> list[str]:
+    """Creates, claims and completes jobs; their ids."""
+    ids = [made.id for made in queue.create(jobs)]
+    [claimed] = queue.claim([ClaimRequest("worker", limit=len(ids), claim_id=str(uuid.uuid4()))])
+    assert isinstance(claimed, Claimed)
+    assert queue.complete(ids, [Completion(claimed.claim_id, "2")] * len(ids)) == ["ok"] * len(ids)
+    return ids
+
+
+def test_many_processes_may_apply_the_schema_at_once(database: Database, postgres_url: str) -> None:
+    pools = [Database(read_database_url(postgres_url), database.schema, 2) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(migrate, pools))
+    assert [schema_version(pool) for pool in pools] == [SCHEMA_VERSION] * 8
+    assert rows(database, "select count(*) from schema_version") == [[1]]
+    for pool in pools:
+        pool.close()
+
+
+def test_applying_the_schema_again_keeps_the_jobs_and_lets_claims_go_on(queue: Queue) -> None:
+    [made] = queue.create([new_job()])
+    queue.database.run("delete from schema_version")
+    migrate(queue.database)
+    [claimed] = queue.claim([ClaimRequest("worker", claim_id=str(uuid.uuid4()))])
+    assert isinstance(claimed, Claimed)
+    assert made.id in claimed.jobs
+
+
+def test_an_empty_schema_has_version_0_and_says_so(database: Database) -> None:
+    assert schema_version(database) == 0
+    with pytest.raises(SchemaMissing):
+        Queue(database).create([new_job()])
+
+
+def test_a_service_that_may_not_migrate_waits_for_the_schema(postgres_url: str) -> None:
+    with fresh_schema(postgres_url) as schema, running_service(postgres_url, schema, MIGRATE_ON_START="false") as service:
+        answer = service.api.get("/readyz")
+        assert (answer.status, answer.code, answer.headers["Retry-After"]) == (503, "schema_missing", "5")
+        pool = Database(read_database_url(postgres_url), schema, 2)
+        migrate(pool)
+        assert service.api.get("/readyz").status == 200
+        pool.run("delete from schema_version")
+        assert service.api.get("/readyz").code == "schema_missing"
+        pool.run("insert into schema_version (version) values (-1)")
+        assert service.api.get("/readyz").code == "schema_outdated"
+        pool.close()
+
+
+def test_ids_are_version_7_in_the_order_of_creation(queue: Queue) -> None:
+    ids = [made.id for made in queue.create([new_job(n) for n in range(500)])]
+    ids += [made.id for made in queue.create([new_job(n) for n in range(5)])]
+    assert ids == sorted(ids)
+    assert {each[14] for each in ids} == {"7"}
+    assert {each[19] for each in ids} <= set("89ab")
+    [[apart]] = rows(
+        queue.database,
+        "select max(abs(extract(epoch from created_at) * 1000 - ('x' || substr(replace(id::text, '-', ''), 1, 12))::bit(48)::bigint))::float8 from job",
+    )
+    assert apart <= 1
+
+
+def test_a_job_stands_in_one_partition_made_for_its_time(queue: Queue) -> None:
+    queue.prepare_partitions(timedelta(days=30))
+    life(queue, [new_job()])
+    [[name]] = rows(queue.database, "select tableoid::regclass::text from job")
+    [[ended_name]] = rows(queue.database, "select tableoid::regclass::text from ended")
+    assert str(name).startswith("job_1")
+    assert ended_name == str(name).replace("job_", "ended_")
+
+
+def test_preparing_partitions_again_and_again_adds_none(queue: Queue) -> None:
+    for _ in range(3):
+        queue.prepare_partitions(timedelta(days=30))
+    assert rows(queue.database, "select count(*) from pg_inherits where inhparent = 'job'::regclass") == [[2]]
+
+
+def short_partition(queue: Queue) -> None:
+    """A partition that ends in two seconds, so that it can be retired within a test."""
+    queue.database.run("select add_partition(array['job', 'ended', 'attempt_ended'], interval '2 seconds')")
+
+
+def retired(queue: Queue) -> str | None:
+    return queue.retire(timedelta(milliseconds=1))
+
+
+def test_retention_drops_a_whole_partition_and_frees_its_keys(queue: Queue) -> None:
+    short_partition(queue)
+    ids = life(queue, [new_job(n, idempotency_key=f"key-{n}") for n in range(20)])
+    wait_until(lambda: retired(queue), 20)
+    assert queue.get_many(ids) == [None] * 20
+    assert queue.create([new_job(0, idempotency_key="key-0")])[0].created, "the key of a job that has left is free"
+    while queue.clear_retired(timedelta(milliseconds=1)):
+        pass
+    assert rows(queue.database, "select key from idempotency") == [["key-0"]]
+    assert rows(
+        queue.database, f"select count(*) from pg_tables where schemaname = '{queue.database.schema}' and tablename like 'retired%'"
+    ) == [[0]]
+
+
+def test_retention_keeps_what_still_lives(queue: Queue) -> None:
+    short_partition(queue)
+    pending, running, scheduled, finished = (made.id for made in queue.create([new_job(n, idempotency_key=f"key-{n}") for n in range(4)]))
+    queue.database.run(
+        "insert into waiting (job_id, lane_id, run_at, attempt, releases, input_bytes) select job_id, lane_id, now() + interval '1 day', 0, 0, 1 from ready where job_id = :id::uuid",
+        id=scheduled,
+    )
+    queue.database.run("delete from ready where job_id = :id::uuid", id=scheduled)
+    queue.database.run(
+        "insert into held (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at) select job_id, lane_id, job_id, 'w', 1, 0, now(), now(), 900, now() + interval '1 hour' from ready where job_id = :id::uuid",
+        id=running,
+    )
+    queue.database.run("delete from ready where job_id = :id::uuid", id=running)
+    queue.cancel(finished, "")
+    wait_until(lambda: retired(queue), 20)
+    kept = queue.get_many([pending, running, scheduled, finished])
+    assert [job is not None for job in kept] == [True, True, True, False]
+    while queue.clear_retired(timedelta(milliseconds=1)):
+        pass
+    assert [made.created for made in queue.create([new_job(n, idempotency_key=f"key-{n}") for n in range(4)])] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_what_was_kept_leaves_once_it_has_finished_and_aged(queue: Queue) -> None:
+    [made] = queue.create([new_job(idempotency_key="key")])
+    queue.cancel(made.id, "")
+    queue.database.run("update ended set finished_at = now() - interval '2 days'")
+    queue.clear_retired(timedelta(days=1))
+    assert queue.get_many([made.id]) == [None]
+    assert rows(queue.database, "select count(*) from idempotency") == [[0]]
+
+
+def test_a_partition_with_much_that_lives_is_left_for_later(queue: Queue) -> None:
+    short_partition(queue)
+    queue.create([new_job(n) for n in range(5001)])
+    wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
+    assert retired(queue) is None
+
+
+def test_the_time_the_service_was_away_lies_in_the_default_partition(queue: Queue) -> None:
+    short_partition(queue)
+    wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
+    [stray] = life(queue, [new_job()])
+    short_partition(queue)
+    assert rows(queue.database, "select tableoid::regclass::text from job") == [["job_default"]]
+    assert rows(queue.database, "select count(*) from partition_borders('job')") == [[2]]
+    assert queue.get(stray).is_finished
+
+
+def test_the_ledger_is_empty_after_a_fold_and_counts_what_is_there(queue: Queue) -> None:
+    life(queue, [new_job(n) for n in range(7)])
+    queue.create([new_job(n) for n in range(3)])
+    queue.upkeep({})
+    assert rows(queue.database, "select count(*) from tally") == [[0]]
+    assert rows(queue.database, "select ready, scheduled, running from lane_count") == [[3, 0, 0]]
+    assert rows(queue.database, "select event, sum(n)::int from history where span_seconds = 300 group by event order by event") == [
+        ["claimed", 7],
+        ["completed", 7],
+    ]
+
+
+def test_a_ledger_row_that_becomes_visible_late_is_counted(queue: Queue) -> None:
+    queue.create([new_job()])
+    queue.upkeep({})
+    queue.database.run("insert into tally (at, lane_id, event, n, ready) values (now() - interval '40 seconds', 1, 'created', 1, 1)")
+    queue.upkeep({})
+    assert rows(queue.database, "select ready from lane_count") == [[2]]
+
+
+def test_lanes_without_a_job_fall_idle_and_wake_with_the_next(queue: Queue) -> None:
+    life(queue, [new_job()])
+    queue.upkeep({})
+    queue.database.run("update lane_count set moved_at = now() - interval '1 hour'")
+    queue.upkeep({})
+    assert rows(queue.database, "select idle from lane") == [[True]]
+    life(queue, [new_job()])
+    assert rows(queue.database, "select idle from lane") == [[False]]
+
+
+def test_a_retry_wakes_an_idle_lane(queue: Queue) -> None:
+    [made] = queue.create([new_job()])
+    queue.cancel(made.id, "")
+    queue.upkeep({})
+    queue.database.run("update lane_count set moved_at = now() - interval '1 hour'")
+    queue.upkeep({})
+    queue.retry_one(made.id, ["cancelled"])
+    [claimed] = queue.claim([ClaimRequest("worker", claim_id=str(uuid.uuid4()))])
+    assert isinstance(claimed, Claimed)
+    assert made.id in claimed.jobs
+
+
+def test_2000_combinations_are_enough_and_idle_ones_do_not_count(queue: Queue) -> None:
+    queue.database.run(
+        "insert into lane (owner_service, task_type, model_profile, priority, idle) select 'owner' || i, 't', 'm', 0, i > 1999 from generate_series(1, 5000) i"
+    )
+    assert queue.create([new_job()])[0].created
+    with pytest.raises(Exception, match="2,000 combinations"):
+        queue.create([NewJob("one-more", "type", "profile", "ref", "1")])
+    assert queue.create([new_job()])[0].created
+
+
+def test_rescue_is_bounded_per_call(queue: Queue) -> None:
+    queue.create([new_job(n) for n in range(1500)])
+    for n in range(2):
+        queue.claim([ClaimRequest("worker", limit=1000, claim_id=str(uuid.uuid4()))])
+    queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
+    assert [(queue.upkeep({}) or (0,))[0] for _ in range(3)] == [1000, 500, 0]

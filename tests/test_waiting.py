@@ -1,0 +1,197 @@
+"""The waiting room: many waiting requests, few statements; who is woken, by what, and who must get nothing."""
+
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from postgres import connect, fresh_schema
+from service import wait_until
+
+from ai_database import Database, migrate
+from ai_database_url import read_database_url
+from ai_requests import ClaimRequest, NewJob
+from ai_service import Claimed, Queue, WaitingRoom
+
+
+class CountingDatabase(Database):
+    """Counts the statements that went to the database, by name."""
+
+    calls: Counter[str]
+
+    def run(self, statement: str, *args: Any, **values: Any) -> list[list[Any]]:
+        self.calls[statement.splitlines()[0]] += 1
+        return super().run(statement, *args, **values)
+
+
+@pytest.fixture
+def database(postgres_url: str) -> Iterator[CountingDatabase]:
+    with fresh_schema(postgres_url) as schema:
+        database = CountingDatabase(read_database_url(postgres_url), schema, 4)
+        database.calls = Counter()
+        migrate(database)
+        yield database
+        database.close()
+
+
+@pytest.fixture
+def queue(database: Database) -> Queue:
+    return Queue(database)
+
+
+@pytest.fixture
+def room(queue: Queue) -> Iterator[WaitingRoom]:
+    room = WaitingRoom(queue, places=100)
+    yield room
+    room.close()
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(100) as threads:
+        yield threads
+
+
+def wish(profile: str = "profile", wait_seconds: float = 20, **fields: Any) -> ClaimRequest:
+    fields = {"claim_id": str(uuid.uuid4()), "worker_id": uuid.uuid4().hex} | fields
+    return ClaimRequest(model_profiles=[profile], wait_seconds=wait_seconds, **fields)
+
+
+def present() -> bool:
+    return False
+
+
+def parked(room: WaitingRoom, threads: ThreadPoolExecutor, wishes: list[ClaimRequest]) -> list[Future[Claimed]]:
+    """Claims that wait."""
+    before = room.waiting()
+    futures = [threads.submit(room.claim, each, present) for each in wishes]
+    wait_until(lambda: room.waiting() == before + len(wishes))
+    return futures
+
+
+def new_job(profile: str = "profile", **fields: Any) -> NewJob:
+    return NewJob("owner", "type", profile, "ref", "1", **fields)
+
+
+def test_60_waiting_claims_cost_a_few_statements_a_second(
+    room: WaitingRoom, database: CountingDatabase, threads: ThreadPoolExecutor
+) -> None:
+    assert room.claim(wish(wait_seconds=1.5), present).jobs == "", "the first look around is behind us"
+    waiting = parked(room, threads, [wish(wait_seconds=3) for _ in range(60)])
+    database.calls.clear()
+    assert [claimed.result().jobs for claimed in waiting] == [""] * 60
+    assert database.calls["-- queue.peek"] <= 14
+    assert database.calls["-- queue.claim"] <= 1, "once every few seconds, to be sure"
+    assert database.calls.total() == database.calls["-- queue.peek"] + database.calls["-- queue.claim"]
+
+
+def test_a_process_where_nobody_waits_asks_nothing(room: WaitingRoom, database: CountingDatabase, threads: ThreadPoolExecutor) -> None:
+    assert room.claim(wish(wait_seconds=0), present).jobs == ""
+    room.became_ready()
+    assert room.claim(wish(wait_seconds=0), present).jobs == ""
+    assert database.calls.keys() == {"-- database.schema_version", "-- queue.claim"}
+
+
+def test_claims_that_come_together_share_a_statement(
+    room: WaitingRoom, queue: Queue, database: CountingDatabase, threads: ThreadPoolExecutor
+) -> None:
+    waiting = parked(room, threads, [wish() for _ in range(16)])
+    queue.create([new_job() for _ in range(16)])
+    database.calls.clear()
+    room.became_ready()
+    assert all(claimed.result().jobs for claimed in waiting)
+    assert database.calls["-- queue.claim"] == 1
+
+
+def test_a_job_wakes_only_the_claims_that_it_fits(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    [other] = parked(room, threads, [wish("other")])
+    [fitting] = parked(room, threads, [wish("profile")])
+    queue.create([new_job()])
+    room.became_ready([("profile", "type", "owner")])
+    assert fitting.result(2).jobs
+    assert not other.done()
+    room.close()
+    assert other.result(2).jobs == ""
+
+
+def test_one_job_goes_to_the_one_who_waits_longest(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    [first] = parked(room, threads, [wish()])
+    [second] = parked(room, threads, [wish()])
+    queue.create([new_job()])
+    room.became_ready()
+    assert first.result(2).jobs
+    assert not second.done()
+    room.close()
+
+
+def test_a_job_created_through_another_process_is_found(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    [waiting] = parked(room, threads, [wish()])
+    queue.create([new_job()])
+    assert waiting.result(2).jobs
+
+
+def test_a_scheduled_job_is_handed_out_when_it_is_due(
+    room: WaitingRoom, queue: Queue, database: Database, threads: ThreadPoolExecutor
+) -> None:
+    queue.create([new_job(run_at="2999-01-01T00:00:00Z")])
+    [waiting] = parked(room, threads, [wish()])
+    database.run("-- test\nupdate waiting set run_at = now()")
+    assert waiting.result(2).jobs
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0], ids=["a moment", "two seconds"])
+def test_a_create_that_commits_late_is_found(
+    room: WaitingRoom, queue: Queue, database: Database, postgres_url: str, threads: ThreadPoolExecutor, seconds: float
+) -> None:
+    queue.create([new_job("first")])
+    [waiting] = parked(room, threads, [wish()])
+    late = connect(postgres_url, database.schema)
+    late.run("begin")
+    late.run(
+        "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', '{NULL}', '{NULL}', '{NULL}', '{NULL}')"
+    )
+    [made] = parked(room, threads, [wish("nobody", wait_seconds=seconds)])
+    made.result()
+    late.run("commit")
+    late.close()
+    assert waiting.result(10).jobs
+
+
+def test_a_client_that_hung_up_takes_no_job(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    gone = threading.Event()
+    deserter = threads.submit(room.claim, wish(), gone.is_set)
+    wait_until(lambda: room.waiting() == 1)
+    [patient] = parked(room, threads, [wish()])
+    gone.set()
+    queue.create([new_job()])
+    room.became_ready()
+    assert patient.result(2).jobs
+    assert deserter.result(2).jobs == ""
+
+
+def test_beyond_its_places_the_room_answers_at_once(queue: Queue, threads: ThreadPoolExecutor) -> None:
+    small = WaitingRoom(queue, places=2)
+    waiting = parked(small, threads, [wish() for _ in range(2)])
+    assert small.claim(wish(), present).jobs == ""
+    assert not any(claimed.done() for claimed in waiting)
+    small.close()
+    assert [claimed.result(2).jobs for claimed in waiting] == ["", ""]
+
+
+def test_the_same_claim_twice_at_once_gets_the_same_job(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    same = wish()
+    waiting = parked(room, threads, [same, same])
+    queue.create([new_job(), new_job()])
+    room.became_ready()
+    assert len({claimed.result(5).jobs for claimed in waiting}) == 1
+
+
+def test_who_waits_for_a_job_is_told_when_another_process_finishes_it(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    [made] = queue.create([new_job()])
+    told = threads.submit(room.wait_for, made.id, 20)
+    wait_until(lambda: room.waiting() == 1)
+    queue.cancel(made.id, "")
+    told.result(2)
