@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
+from time import monotonic
 from typing import Any
 
 import pytest
-from postgres import Sql
+from postgres import Sql, connect
 from service import Answer, Api, Corner, Service, running_service, wait_until
 
 ROUNDS = 40
@@ -99,6 +100,24 @@ def test_no_job_is_passed_over_while_others_are_created_and_claimed(pair: tuple[
         claimed = [identity for future in claiming for identity in future.result(60)]
     assert len(created) == wanted
     assert sorted(claimed) == sorted(created)
+
+
+def test_a_job_whose_readiness_is_committed_late_is_not_passed_over(corner: Corner, service: Service, postgres_url: str) -> None:
+    late = corner.create(run_at="2999-01-01T00:00:00Z")
+    connection = connect(postgres_url, service.schema)
+    columns = "lane_id, job_id, expires_at, attempt, releases, input_bytes"
+    moved = f"with due as (delete from waiting where job_id = cast(:id as uuid) returning {columns})"
+    connection.run("begin")
+    connection.run(f"{moved} insert into ready ({columns}, run_at) select {columns}, now() from due", id=late["id"])
+    claimed = 0
+    deadline = monotonic() + 3
+    while monotonic() < deadline:  # Long enough for the service to take for granted that nothing older is left.
+        corner.create()
+        claimed += len(corner.claim(limit=2))
+    connection.run("commit")
+    connection.close()
+    assert claimed > 10
+    assert late["id"] in [job["id"] for job in wait_until(lambda: corner.claim(limit=100), 12, "the late job")]
 
 
 def create_in_pieces(corner: Corner, number: int) -> list[str]:

@@ -1,0 +1,55 @@
+# Every target does its own set-up; a machine needs Python 3.11 or newer and make, nothing else.
+#
+#   make demo     everything once, on sample jobs: embedded PostgreSQL, service, worker; a table of results
+#   make run      the same, kept running on http://127.0.0.1:8080; the data stays in DATA
+#   make test     the tests
+#   make check    lint, types and tests: what CI runs
+#
+# Settings are read from the environment: `LLM_BASE_URL=http://127.0.0.1:8000 make demo` uses a real model server.
+
+PYTHON ?= python3
+VENV   ?= .venv
+DATA   ?= .data
+TESTS  ?= -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test lint format types check clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.ready
+	@$(VENV)/bin/ai-service demo
+
+run: $(VENV)/.ready
+	@exec $(VENV)/bin/python -m ai_demo run $(DATA)
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(VENV)/.ready
+	$(VENV)/bin/mypy
+
+check: lint types test
+
+# The environment: made anew when it is missing or another Python's, brought up to date when pyproject.toml has changed.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "AI Service needs Python 3.11 or newer; $(PYTHON) is not: make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(VENV)/bin/python && $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Setting up $(VENV) (once, and again when pyproject.toml changes) …"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

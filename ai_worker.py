@@ -1,0 +1,990 @@
+"""The worker: claims jobs over HTTP, runs them through the installed providers, and reports what became of them.
+
+    claim ──► run ──► outcome on disk ──► complete, fail or release ──► file removed
+                │                              │
+                └ heartbeats meanwhile         └ tried until the service takes it or says that the claim is gone
+
+Threads: one asks for jobs as long as there are free slots, one per job runs it, one sends heartbeats, one delivers outcomes, one looks at
+the providers. What a thread of a job does cannot hold up the others. The main thread waits for SIGTERM or SIGINT and then drains.
+
+Settings, beside those of the providers
+    AI_SERVICE_URL          where the service is: http://127.0.0.1:8080
+    AI_SERVICE_TOKEN        its token; none
+    WORKER_CONCURRENCY      jobs side by side: 4
+    WORKER_LEASE_SECONDS    how long a job stays this worker's without a heartbeat: 120
+    WORKER_DRAIN_SECONDS    how long running jobs may go on after SIGTERM: 20
+    WORKER_SPOOL_DIR        where finished outcomes wait for the service: $XDG_STATE_HOME/ai-service/spool, or under ~/.local/state
+    WORKER_SPOOL_MAX_BYTES  how much may wait there: 1073741824 (1 GiB)
+
+Sections: settings, outcomes, the spool, delivery, jobs under way, providers, the worker, the command.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import attrs
+from attrs import field, frozen
+
+import providers
+from ai_client import (
+    AIService,
+    Backoff,
+    Beat,
+    Claim,
+    ClaimedJob,
+    ClaimIdReused,
+    Conflict,
+    NotFound,
+    NotJSON,
+    PayloadTooLarge,
+    RawJSON,
+    Release,
+    ServiceError,
+    ServiceUnavailable,
+    ValidationFailed,
+    check_base_url,
+    check_token,
+    encode,
+    object_text,
+    split_object,
+)
+from providers import INTERNAL, INVALID_INPUT, INVALID_OUTPUT, Listed, Never, NotCompleted, NotNow, Result
+
+log = logging.getLogger("ai_service.worker")
+
+# An open claim is asked anew this often, so that the service sees the worker.
+CLAIM_WAIT_SECONDS = 25.0
+MAX_BEAT_SECONDS = 30.0
+# The service refuses more: usage and progress over 4 KB, a worker's report over 8 KB, 1,000 items in a bulk call, delays over a day.
+MAX_NOTE_BYTES = 4096
+MAX_REPORT_BYTES = 8192
+MAX_ITEMS = 1000
+MAX_DELAY_SECONDS = 86_400.0
+# An outcome that waits has no heartbeat: no more of them than a busy service takes within the shortest lease.
+MAX_UNDELIVERED = 100
+
+_PROFILE = re.compile(r"[A-Za-z0-9._:/@+-]{1,100}")
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------- settings
+
+
+class SettingsError(Exception):
+    """The worker cannot start with these settings: all problems at once, a sentence each, without secret values."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+@frozen(kw_only=True)
+class Settings:
+    """What a worker is told by its environment."""
+
+    url: str = "http://127.0.0.1:8080"
+    token: str | None = field(default=None, repr=False)
+    concurrency: int = 4
+    lease_seconds: int = 120
+    drain_seconds: float = 20.0
+    spool_dir: Path
+    spool_max_bytes: int = 1 << 30
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        """The settings in `environ`. Raises SettingsError."""
+        reader = _Reader(environ)
+        settings = cls(
+            url=reader.read("AI_SERVICE_URL", check_base_url, "http://127.0.0.1:8080"),
+            token=reader.read("AI_SERVICE_TOKEN", check_token, None),
+            concurrency=reader.read("WORKER_CONCURRENCY", _whole(1, MAX_ITEMS), 4),
+            lease_seconds=int(reader.read("WORKER_LEASE_SECONDS", _seconds(5, 86_400), 120.0)),
+            drain_seconds=reader.read("WORKER_DRAIN_SECONDS", _seconds(0, 86_400), 20.0),
+            spool_dir=reader.read("WORKER_SPOOL_DIR", Path, _state_folder(environ)),
+            spool_max_bytes=reader.read("WORKER_SPOOL_MAX_BYTES", _whole(0, 1 << 50), 1 << 30),
+        )
+        if reader.problems:
+            raise SettingsError(reader.problems)
+        return settings
+
+
+class _Reader:
+    """Reads settings one by one and collects what is wrong with them."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self.problems: list[str] = []
+
+    def read(self, name: str, parse: Callable[[str], T], default: T) -> T:
+        text = self._environ.get(name, "").strip()
+        try:
+            return parse(text) if text else default
+        except ValueError as error:
+            self.problems.append(f"{name}: {error}")
+            return default
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise ValueError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(least: float, most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        seconds = providers.parse_duration(text)
+        if not least <= seconds <= most:
+            raise ValueError(f"{text!r} is not from {least:g} to {most:g} seconds")
+        return seconds
+
+    return parse
+
+
+def _state_folder(environ: Mapping[str, str]) -> Path:
+    state = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/")) / ".local" / "state"
+    return Path(state) / "ai-service" / "spool"
+
+
+# ---------------------------------------------------------------- outcomes
+
+
+@frozen(kw_only=True)
+class Outcome:
+    """What one attempt came to, as the service is to be told."""
+
+    verb: Literal["complete", "fail", "release"]
+    job_id: str
+    claim_id: str = field(repr=False)
+    task_type: str
+    model_profile: str
+    provider: str
+    attempt: int
+    seconds: float
+    result: RawJSON | None = field(default=None, repr=False)
+    usage: Mapping[str, Any] | None = None
+    category: str = INTERNAL
+    message: str = field(default="", repr=False)
+    retryable: bool = False
+    delay_seconds: float | None = None
+
+    def text(self) -> str:
+        """Its JSON; the result as the text it has."""
+        return object_text({attribute.name: getattr(self, attribute.name) for attribute in attrs.fields(Outcome)})
+
+    @classmethod
+    def of_text(cls, text: bytes) -> Outcome:
+        """The outcome of such JSON. Raises NotJSON or TypeError."""
+        fields = split_object(text)
+        raw = fields.pop("result")
+        known = cls(**{name: value.decode() for name, value in fields.items()})
+        return attrs.evolve(known, result=raw) if known.verb == "complete" else known
+
+    def told_to(self, service: AIService) -> str:
+        """Report it; the job's status after that. Raises ServiceError."""
+        if self.verb == "complete":
+            return service.complete(self.job_id, self.claim_id, self.result, self.usage).status
+        if self.verb == "release":
+            return service.release(self.job_id, self.claim_id, self.delay_seconds).status
+        return service.fail(
+            self.job_id,
+            self.claim_id,
+            self.category,
+            self.message,
+            retryable=self.retryable,
+            retry_in_seconds=self.delay_seconds,
+            usage=self.usage,
+        ).status
+
+    def refused(self, error: ServiceError) -> Outcome | None:
+        """The failure that takes the place of a result which the service will not have; None when this is a failure already."""
+        if self.verb == "fail":
+            return None
+        message = f"the service refused the {'result' if self.verb == 'complete' else 'release'}: {error}"
+        return attrs.evolve(
+            self, verb="fail", result=None, usage=None, category=INVALID_OUTPUT, message=message, retryable=False, delay_seconds=None
+        )
+
+
+def _note(name: str, value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Usage or progress as the service takes it; left out, with a warning, when it would be refused: the result counts more."""
+    try:
+        if value is None or (isinstance(value, Mapping) and len(encode(dict(value)).encode()) <= MAX_NOTE_BYTES):
+            return None if value is None else dict(value)
+        log.warning("note_dropped kind=%s reason=too_large_or_no_object", name)
+    except NotJSON as error:
+        log.warning("note_dropped kind=%s reason=%s", name, error)
+    return None
+
+
+def _delay(seconds: float | None) -> float | None:
+    # A NaN compares false with everything and so becomes 0.
+    return None if seconds is None else min(MAX_DELAY_SECONDS, max(0.0, seconds))
+
+
+def _plain(text: str) -> str:
+    """Text that any JSON reader and PostgreSQL take: no NUL, no half surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "")
+
+
+# ---------------------------------------------------------------- the spool
+
+
+class SpoolFull(OSError):
+    """The folder holds as much as it may."""
+
+
+class Spool:
+    """Outcomes on disk, one file each, oldest first by name. Several workers of one service may share a folder.
+
+    A file's first line names the service it is meant for, so that the same folder used for another one loses nothing.
+    """
+
+    def __init__(self, folder: Path, service_url: str, max_bytes: int) -> None:
+        self._folder, self._url, self._max_bytes = folder, service_url, max_bytes
+
+    def open(self) -> None:
+        """Make the folder, for this user alone. Raises OSError where that is impossible, or the folder belongs to somebody else."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._folder.stat().st_uid != os.geteuid():
+            raise PermissionError(f"{self._folder} belongs to another user")
+        self._folder.chmod(0o700)
+        self._remove_torn_files()
+
+    def waiting(self) -> list[Path]:
+        """The files left by an earlier process that are meant for this service."""
+        found = sorted(self._folder.glob("*.outcome"))
+        mine = [path for path in found if self._is_mine(path)]
+        if len(mine) < len(found):
+            log.warning("spool_has_outcomes_of_another_service count=%d", len(found) - len(mine))
+        return mine
+
+    def write(self, outcome: Outcome) -> Path:
+        """Keep an outcome; once this returns it survives a crash of the machine. Raises SpoolFull, OSError."""
+        content = f"{self._url}\n{outcome.text()}".encode()
+        if self._bytes() + len(content) > self._max_bytes:
+            raise SpoolFull(f"over {self._max_bytes} bytes")
+        path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.outcome"
+        torn = path.with_suffix(".torn")
+        with open(os.open(torn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        torn.rename(path)
+        self._sync_folder()
+        return path
+
+    def read(self, path: Path) -> Outcome:
+        """The outcome in a file. Raises NotJSON, TypeError, KeyError for a damaged one, FileNotFoundError, OSError."""
+        return Outcome.of_text(path.read_bytes().partition(b"\n")[2])
+
+    def remove(self, path: Path) -> None:
+        """Forget a delivered outcome; another worker may have been quicker."""
+        path.unlink(missing_ok=True)
+
+    def set_aside(self, path: Path) -> None:
+        """Keep a damaged file out of the way, for somebody to look at."""
+        path.rename(path.with_suffix(".damaged"))
+
+    def _is_mine(self, path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                return file.readline().rstrip(b"\n") == self._url.encode()
+        except FileNotFoundError:
+            return False
+
+    def _bytes(self) -> int:
+        return sum(_size(path) for path in self._folder.iterdir())
+
+    def _remove_torn_files(self) -> None:
+        # A file of the last hour may be one that another worker is writing.
+        for path in self._folder.glob("*.torn"):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink(missing_ok=True)
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+# ---------------------------------------------------------------- delivery
+
+
+class Watch:
+    """Whether the service answers; one line in the log when it goes and one when it comes back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._away_since: float | None = None
+
+    def failed(self, error: ServiceError) -> None:
+        """A call did not get through."""
+        with self._lock:
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+                log.warning("service_went_away error=%s", error)
+
+    def answered(self) -> None:
+        """A call got through."""
+        with self._lock:
+            if self._away_since is not None:
+                log.info("service_came_back seconds=%.1f", time.monotonic() - self._away_since)
+                self._away_since = None
+
+
+@attrs.define(eq=False)
+class _Parcel:
+    """An outcome to deliver: a file, or, where the disk did not take it, the outcome itself."""
+
+    content: Path | Outcome
+    safe: threading.Event = field(factory=threading.Event)
+
+
+class Delivery:
+    """Tells the service the outcomes, oldest first, until it takes them or says that the claim is gone."""
+
+    def __init__(self, service: AIService, spool: Spool, watch: Watch) -> None:
+        self._service, self._spool, self._watch = service, spool, watch
+        self._changed = threading.Condition()
+        self._parcels: deque[_Parcel] = deque(_Parcel(path) for path in spool.waiting())
+        self._in_hand = 0
+        self._closed = threading.Event()
+        # The service is away, or what an earlier process left has yet to be tried.
+        self._is_stuck = bool(self._parcels)
+
+    def takes_more(self) -> bool:
+        """Whether outcomes get away, so that more work makes sense: once the service is back, they race against its rescue of leases."""
+        return not self._is_stuck and self._count() < MAX_UNDELIVERED
+
+    def put(self, outcome: Outcome) -> threading.Event:
+        """Take over an outcome. The event is set when it is safe: at once on disk, and where the disk refuses it, when it is delivered."""
+        parcel = _Parcel(self._kept(outcome))
+        if isinstance(parcel.content, Path):
+            parcel.safe.set()
+        with self._changed:
+            self._parcels.append(parcel)
+            self._changed.notify_all()
+        return parcel.safe
+
+    def run(self) -> None:
+        """Deliver until closed."""
+        backoff = Backoff(0.5, 5.0)
+        while (parcel := self._next()) is not None:
+            try:
+                self._deliver(parcel)
+            except (ServiceError, OSError) as error:
+                self._put_off(parcel, error)
+                self._closed.wait(backoff.next_seconds(getattr(error, "retry_after_seconds", None)))
+            else:
+                backoff.reset()
+                self._finish(parcel)
+
+    def flush(self, seconds: float) -> int:
+        """Wait until everything is delivered, the service is away, or the time is over; how many outcomes are left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stuck or not self._count(), timeout=seconds)
+            return self._count()
+
+    def close(self) -> None:
+        """Stop delivering; what is on disk stays there."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._service.close()
+
+    def _kept(self, outcome: Outcome) -> Path | Outcome:
+        try:
+            return self._spool.write(outcome)
+        except OSError as error:
+            log.error("outcome_kept_in_memory id=%s error=%s", outcome.job_id, error)
+            return outcome
+
+    def _count(self) -> int:
+        return len(self._parcels) + self._in_hand
+
+    def _next(self) -> _Parcel | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._parcels or self._closed.is_set())
+            if self._closed.is_set():
+                return None
+            self._in_hand = 1
+            return self._parcels.popleft()
+
+    def _put_off(self, parcel: _Parcel, error: ServiceError | OSError) -> None:
+        # To the end, so that one outcome which the service cannot take does not hold up the others.
+        with self._changed:
+            self._parcels.append(parcel)
+            self._in_hand = 0
+            self._is_stuck = isinstance(error, ServiceUnavailable)
+            self._changed.notify_all()
+        if isinstance(error, ServiceUnavailable):
+            self._watch.failed(error)
+        else:
+            log.error("outcome_put_off error=%s", error)
+
+    def _finish(self, parcel: _Parcel) -> None:
+        parcel.safe.set()
+        with self._changed:
+            self._in_hand = 0
+            self._is_stuck = self._is_stuck and bool(self._parcels)
+            self._changed.notify_all()
+
+    def _deliver(self, parcel: _Parcel) -> None:
+        outcome = self._opened(parcel.content)
+        if outcome is not None:
+            self._tell(outcome)
+        if isinstance(parcel.content, Path):
+            self._spool.remove(parcel.content)
+
+    def _opened(self, content: Path | Outcome) -> Outcome | None:
+        """The outcome to tell; None where another worker was quicker, or the file is damaged."""
+        if isinstance(content, Outcome):
+            return content
+        try:
+            return self._spool.read(content)
+        except FileNotFoundError:
+            return None
+        except (NotJSON, TypeError, KeyError) as error:
+            log.error("spool_file_damaged file=%s error=%s", content.name, type(error).__name__)
+            self._spool.set_aside(content)
+            return None
+
+    def _tell(self, outcome: Outcome) -> None:
+        try:
+            status = outcome.told_to(self._service)
+        except (ValidationFailed, PayloadTooLarge) as error:
+            self._tell_refusal(outcome, error)
+        except (Conflict, NotFound) as error:
+            if isinstance(error, NotFound) and error.code != "job_not_found":
+                raise
+            log.warning("outcome_came_too_late id=%s verb=%s code=%s", outcome.job_id, outcome.verb, error.code)
+        else:
+            _log_outcome(outcome, status)
+        self._watch.answered()
+
+    def _tell_refusal(self, outcome: Outcome, error: ServiceError) -> None:
+        log.error("outcome_refused id=%s verb=%s error=%s", outcome.job_id, outcome.verb, error)
+        failure = outcome.refused(error)
+        if failure is not None:
+            self._tell(failure)
+
+
+def _log_outcome(outcome: Outcome, status: str) -> None:
+    event = {"complete": "job_completed", "fail": "job_failed", "release": "job_released"}[outcome.verb]
+    why = "" if outcome.verb == "complete" else f" category={outcome.category}"
+    what = f"id={outcome.job_id} task_type={outcome.task_type} model_profile={outcome.model_profile} provider={outcome.provider}"
+    log.info("%s %s attempt=%d seconds=%.3f status=%s%s", event, what, outcome.attempt, outcome.seconds, status, why)
+
+
+# ---------------------------------------------------------------- jobs under way
+
+
+class Running:
+    """One job that is being executed. Exactly one of its end, the loss of its claim, and the drain decides what becomes of it."""
+
+    def __init__(self, job: ClaimedJob, listed: Listed) -> None:
+        self.job, self.provider_name, self._provider = job, listed.name, listed.provider
+        self.cancelled = threading.Event()
+        self.progress: Mapping[str, Any] | None = None
+        self._started = time.monotonic()
+        self._undecided = threading.Lock()
+
+    def decide(self) -> bool:
+        """True for the first who asks: what becomes of the job is then up to them."""
+        return self._undecided.acquire(blocking=False)
+
+    def lose(self, code: str) -> None:
+        """The claim no longer holds the job: stop the work, report nothing."""
+        if self.decide():
+            log.warning("job_lost id=%s task_type=%s code=%s", self.job.id, self.job.task_type, code)
+        self.cancelled.set()
+
+    def outcome(self, verb: Literal["complete", "fail", "release"], **fields: Any) -> Outcome:
+        """An outcome of this attempt."""
+        job = self.job
+        known: dict[str, Any] = {"job_id": job.id, "claim_id": job.claim_id, "task_type": job.task_type, "model_profile": job.model_profile}
+        seconds = round(time.monotonic() - self._started, 3)
+        return Outcome(verb=verb, provider=self.provider_name, attempt=job.attempt, seconds=seconds, **known, **fields)
+
+    def execute(self) -> Outcome:
+        """Run the provider. Whatever it does, this attempt has an outcome."""
+        try:
+            return self._attempt()
+        except BaseException as error:  # noqa: BLE001 -- a stranger's code, which may even call sys.exit
+            return self._broken(error)
+
+    def _attempt(self) -> Outcome:
+        try:
+            assert self._provider is not None, "only providers that were made are claimed for"
+            return self._completed(self._provider.run(self._job()))
+        except NotNow as error:
+            if error.burns_attempt:
+                return self._failed(error, retryable=True, delay_seconds=_delay(error.retry_in_seconds))
+            return self.outcome("release", category=error.category, delay_seconds=_delay(error.retry_in_seconds))
+        except NotCompleted as error:
+            return self._failed(error, retryable=False)
+
+    def _job(self) -> providers.Job:
+        names = ("id", "owner_service", "owner_ref", "task_type", "model_profile", "attempt", "max_attempts", "traceparent")
+        fields = {name: getattr(self.job, name) for name in names}
+        return providers.Job(input=self._input(), cancelled=self.cancelled, report_progress=self._report_progress, **fields)
+
+    def _input(self) -> Any:
+        try:
+            return self.job.input
+        except NotJSON as error:
+            raise Never(INVALID_INPUT, f"the input {error}") from None
+
+    def _report_progress(self, progress: Mapping[str, Any]) -> None:
+        self.progress = _note("progress", progress)
+
+    def _completed(self, result: object) -> Outcome:
+        if not isinstance(result, Result):
+            raise TypeError("not a Result")
+        try:
+            return self.outcome("complete", result=RawJSON(encode(result.value)), usage=_note("usage", result.usage))
+        except NotJSON as error:
+            return self.outcome("fail", category=INVALID_OUTPUT, message=f"the provider's result is {error}", retryable=True)
+
+    def _failed(self, error: NotCompleted, **fields: Any) -> Outcome:
+        usage = _note("usage", error.usage)
+        return self.outcome("fail", category=error.category, message=_plain(error.message), usage=usage, **fields)
+
+    def _broken(self, error: BaseException) -> Outcome:
+        # The exception's text may hold a piece of the payload: its type and place must do.
+        place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-1:])
+        message = f"the provider raised {type(error).__name__}{place}"
+        log.error("provider_broke id=%s provider=%s error=%s%s", self.job.id, self.provider_name, type(error).__name__, place)
+        return self.outcome("fail", category=INTERNAL, message=message, retryable=True)
+
+
+# ---------------------------------------------------------------- providers
+
+
+@attrs.define
+class _Rest:
+    """A provider that took no work: nothing is claimed for it until `until`, and while its check calls it unavailable, `at_most_until`."""
+
+    until: float
+    at_most_until: float
+
+
+class Fleet:
+    """The providers of this worker, how they are, and which of them rest.
+
+    A provider that hands a job back without having worked on it would get it again at once, and a job may be released a hundred times
+    only. So the provider rests: as long as it asked for, else 2 s, doubled each time, 60 s at most; while its check says
+    `unavailable`, up to 10 minutes.
+    """
+
+    MAX_REST_SECONDS = 600.0
+    CHECK_SECONDS = 30.0
+    CHECK_SECONDS_AT_REST = 5.0
+
+    def __init__(self, listed: Sequence[Listed]) -> None:
+        self._listed = [one for one in listed if one.provider is not None]
+        self.by_profile = {profile: one for one in self._listed for profile in one.model_profiles}
+        self._lock = threading.Lock()
+        self._rests: dict[str, _Rest] = {}
+        self._backoffs = {one.name: Backoff(2.0, 60.0) for one in self._listed}
+        self._health: list[dict[str, Any]] = []
+
+    def check(self) -> None:
+        """Look at all providers; up to 3 seconds."""
+        self._health = providers.check_all(self._listed)
+
+    def seconds_to_next_check(self) -> float:
+        """Sooner while one rests, to find it back."""
+        return self.CHECK_SECONDS_AT_REST if self._resting() else self.CHECK_SECONDS
+
+    def rest(self, name: str, asked_seconds: float | None) -> float:
+        """Let a provider rest; for how many seconds."""
+        with self._lock:
+            now, rest = time.monotonic(), self._rests.get(name)
+            if asked_seconds is None and rest and now < rest.until:
+                # Jobs that ran side by side met the same outage: it counts once.
+                return rest.until - now
+            seconds = self._backoffs[name].next_seconds() if asked_seconds is None else asked_seconds
+            self._rests[name] = _Rest(now + min(seconds, self.MAX_REST_SECONDS), now + self.MAX_REST_SECONDS)
+            return seconds
+
+    def worked(self, name: str) -> None:
+        """A provider did some work: the next rest is a short one again."""
+        with self._lock:
+            self._backoffs[name].reset()
+            self._rests.pop(name, None)
+
+    def open_profiles(self) -> list[str]:
+        """The profiles to claim now."""
+        resting = self._resting()
+        return [profile for profile, listed in self.by_profile.items() if listed.name not in resting]
+
+    def seconds_to_wake(self) -> float:
+        """How long a claim may wait without missing a provider that comes back."""
+        return 2.0 if self._resting() else CLAIM_WAIT_SECONDS
+
+    def report(self) -> list[dict[str, Any]]:
+        """The providers as a worker reports them."""
+        resting = self._resting()
+        health = {item["name"]: _reported(item) for item in self._health}
+        return [{**health.get(one.name, {}), "circuit": "open" if one.name in resting else "closed"} for one in self._listed]
+
+    def _resting(self) -> set[str]:
+        unavailable = {item["name"] for item in self._health if item["status"] == "unavailable"}
+        now = time.monotonic()
+        with self._lock:
+            rests = self._rests.items()
+            return {name for name, rest in rests if now < (rest.at_most_until if name in unavailable else rest.until)}
+
+
+def _reported(health: Mapping[str, Any]) -> dict[str, Any]:
+    names = {name: health[name] for name in ("name", "status", "model_profiles")}
+    return {**names, "detail": _plain(health.get("detail", ""))[:200] or None}
+
+
+def _bounded(report: dict[str, Any]) -> dict[str, Any]:
+    """A report that the service takes, whatever the providers have to say."""
+    if len(encode(report).encode()) <= MAX_REPORT_BYTES:
+        return report
+    return {**report, "providers": [{"name": item["name"][:100], "status": item["status"]} for item in report["providers"][:50]]}
+
+
+# ---------------------------------------------------------------- the worker
+
+
+class Worker:
+    """Claims, runs and reports until `stop`. `run` blocks; a second `stop` cuts the drain short."""
+
+    def __init__(self, settings: Settings, listed: Sequence[Listed], spool: Spool) -> None:
+        self.worker_id = f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._settings, self._fleet, self._watch = settings, Fleet(listed), Watch()
+        self._beat_seconds = min(settings.lease_seconds / 3, MAX_BEAT_SECONDS)
+        # Three clients: closing the first ends an open claim and nothing else, a hung heartbeat must not eat up the lease.
+        self._claims = self._client(read_seconds=10.0)
+        self._beats = self._client(read_seconds=max(2.0, self._beat_seconds / 2))
+        self._delivery = Delivery(self._client(read_seconds=60.0), spool, self._watch)
+        self._claim_id = str(uuid.uuid4())
+        self._changed = threading.Condition()
+        # By claim as well: a job whose claim was lost may come back before its first run has ended.
+        self._running: dict[tuple[str, str], Running] = {}
+        self._draining, self._ended, self._beat_soon = threading.Event(), threading.Event(), threading.Event()
+        self._stops: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._is_broken = False
+
+    def run(self) -> int:
+        """Work until `stop`, then drain; 0, or 1 when a part of the worker broke."""
+        self._fleet.check()
+        profiles = ",".join(self._fleet.by_profile)
+        log.info("worker_started worker_id=%s concurrency=%d profiles=%s", self.worker_id, self._settings.concurrency, profiles)
+        for name, loop in (("delivery", self._delivery.run), ("heartbeats", self._beat_forever), ("checks", self._check_forever)):
+            self._thread(name, loop)
+        claiming = self._thread("claims", self._claim_forever)
+        log.info("worker_draining reason=%s", self._stops.get())
+        self._drain(claiming)
+        return 1 if self._is_broken else 0
+
+    def stop(self, reason: str = "stop") -> None:
+        """Begin to drain; the second time, drain quickly. May be called from a signal handler: a simple queue is made for that."""
+        self._stops.put(reason)
+
+    def _client(self, read_seconds: float) -> AIService:
+        # The loops here repeat for ever; the client's own repeats would only hide from them how things are.
+        return AIService(self._settings.url, self._settings.token, retry_seconds=0.0, read_seconds=read_seconds, pool_size=2)
+
+    def _thread(self, name: str, loop: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=self._guarded, args=(name, loop), name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _guarded(self, name: str, loop: Callable[[], None]) -> None:
+        # A worker with a dead thread would look alive and do nothing: better to drain, and to be started again.
+        try:
+            loop()
+        except BaseException:
+            log.exception("worker_broke thread=%s", name)
+            self._is_broken = True
+            self.stop("broken")
+
+    # Claims
+
+    def _claim_forever(self) -> None:
+        backoff = Backoff(0.5, 30.0)
+        while (room := self._room()) > 0:
+            asked_at = time.monotonic()
+            try:
+                claim = self._claim(room)
+            except ServiceError as error:
+                self._claim_failed(error, backoff)
+                continue
+            self._watch.answered()
+            self._accept(claim)
+            if backoff.failures:
+                # The answer may repeat a lost one, with leases that are not fresh.
+                self._beat_soon.set()
+            backoff.reset()
+            if not claim.jobs:
+                # A service that drains, or has too many waiting, answers an empty claim at once.
+                self._draining.wait(max(0.0, 1.0 - (time.monotonic() - asked_at)))
+        self._settle_claim()
+
+    def _room(self) -> int:
+        """How many jobs may be claimed, as soon as it is one at least; 0 when draining."""
+        with self._changed:
+            while not self._draining.is_set():
+                room = self._settings.concurrency - len(self._running)
+                if room > 0 and self._delivery.takes_more() and self._fleet.open_profiles():
+                    return room
+                self._changed.wait(0.5)
+        return 0
+
+    def _claim(self, room: int) -> Claim:
+        return self._claims.claim(
+            self.worker_id,
+            limit=room,
+            model_profiles=self._fleet.open_profiles() or [self._claim_id],
+            lease_seconds=self._settings.lease_seconds,
+            wait_seconds=self._fleet.seconds_to_wake(),
+            claim_id=self._claim_id,
+            worker=self._report(),
+        )
+
+    def _claim_failed(self, error: ServiceError, backoff: Backoff) -> None:
+        """Wait a while. The claim_id stays, so that the repeat brings what a lost answer held; unless the service refuses it."""
+        if self._draining.is_set():
+            return
+        if isinstance(error, ClaimIdReused):
+            self._claim_id = str(uuid.uuid4())
+        self._watch.failed(error)
+        self._draining.wait(backoff.next_seconds(error.retry_after_seconds and min(error.retry_after_seconds, 60.0)))
+
+    def _accept(self, claim: Claim) -> None:
+        self._claim_id = str(uuid.uuid4())
+        if self._draining.is_set():
+            self._give_back(claim.jobs)
+            return
+        for job in claim.jobs:
+            self._start(job)
+
+    def _settle_claim(self) -> None:
+        """Give back what the last claim took while its connection was shut down.
+
+        A repeat returns what a claim holds, whatever it filters by; should the claim never have got there, the made-up profile takes
+        nothing. Asked twice, because the service may notice the closed connection a moment late.
+        """
+        with self._client(read_seconds=2.0) as service:
+            for pause in (0.0, 0.5):
+                self._ended.wait(pause)
+                held = self._held_by_last_claim(service)
+                self._give_back(held, service)
+
+    def _held_by_last_claim(self, service: AIService) -> tuple[ClaimedJob, ...]:
+        try:
+            return service.claim(self.worker_id, limit=MAX_ITEMS, model_profiles=[self._claim_id], claim_id=self._claim_id).jobs
+        except ServiceError as error:
+            self._watch.failed(error)
+            return ()
+
+    def _give_back(self, jobs: Iterable[ClaimedJob], service: AIService | None = None) -> None:
+        releases = [Release(job.id, job.claim_id) for job in jobs]
+        if not releases:
+            return
+        try:
+            (service or self._beats).release_many(releases)
+            log.info("jobs_given_back count=%d", len(releases))
+        except ServiceError as error:
+            self._watch.failed(error)
+
+    # Jobs
+
+    def _start(self, job: ClaimedJob) -> None:
+        running = Running(job, self._fleet.by_profile[job.model_profile])
+        with self._changed:
+            self._running[job.id, job.claim_id] = running
+        threading.Thread(target=self._guarded, args=("job", lambda: self._execute(running)), name=f"job-{job.id}", daemon=True).start()
+
+    def _execute(self, running: Running) -> None:
+        try:
+            outcome = running.execute()
+            if running.decide():
+                self._delivery.put(self._after_rest(running, outcome)).wait()
+        finally:
+            with self._changed:
+                del self._running[running.job.id, running.job.claim_id]
+                self._changed.notify_all()
+
+    def _after_rest(self, running: Running, outcome: Outcome) -> Outcome:
+        """A provider that handed the job back rests; the job waits as long."""
+        if outcome.verb == "release":
+            return attrs.evolve(outcome, delay_seconds=self._fleet.rest(running.provider_name, outcome.delay_seconds))
+        self._fleet.worked(running.provider_name)
+        return outcome
+
+    # Heartbeats and checks
+
+    def _report(self) -> dict[str, Any]:
+        state = {"version": _version(), "capacity": self._settings.concurrency, "running": len(self._running)}
+        return _bounded({**state, "providers": self._fleet.report()})
+
+    def _beat_forever(self) -> None:
+        backoff, pause = Backoff(0.5, self._beat_seconds), self._beat_seconds
+        while not self._ended.is_set():
+            self._beat_soon.wait(pause)
+            self._beat_soon.clear()
+            started = time.monotonic()
+            try:
+                self._beat()
+            except ServiceError as error:
+                self._watch.failed(error)
+                pause = backoff.next_seconds()
+            else:
+                backoff.reset()
+                pause = max(0.1, self._beat_seconds - (time.monotonic() - started))
+
+    def _beat(self) -> None:
+        with self._changed:
+            running = list(self._running.values())
+        for start in range(0, len(running), MAX_ITEMS):
+            self._beat_for(running[start : start + MAX_ITEMS])
+
+    def _beat_for(self, running: Sequence[Running]) -> None:
+        beats = [Beat(one.job.id, one.job.claim_id, self._settings.lease_seconds, one.progress) for one in running]
+        answers = self._beats.heartbeat_many(beats, worker=self._report())
+        self._watch.answered()
+        for one, answer in zip(running, answers, strict=False):
+            if isinstance(answer.error, (Conflict, NotFound)):
+                one.lose(answer.error.code)
+            elif isinstance(answer.error, ValidationFailed):
+                # Only the progress can be at fault, and the lease matters more.
+                one.progress = None
+
+    def _check_forever(self) -> None:
+        while not self._ended.wait(self._fleet.seconds_to_next_check()):
+            self._fleet.check()
+
+    # Drain
+
+    def _drain(self, claiming: threading.Thread) -> None:
+        """Finish what ends in time, give the rest back, deliver what can be delivered."""
+        self._draining.set()
+        self._claims.close()
+        in_time = self._wait_for_jobs(self._settings.drain_seconds)
+        self._release_the_rest()
+        claiming.join(2.0 if in_time else 1.0)
+        left = self._delivery.flush(5.0 if in_time else 1.0)
+        self._ended.set()
+        self._beat_soon.set()
+        self._delivery.close()
+        self._beats.close()
+        log.info("worker_stopped worker_id=%s outcomes_left=%d", self.worker_id, left)
+
+    def _wait_for_jobs(self, seconds: float) -> bool:
+        """Whether the running jobs ended, or had their time, without a second stop."""
+        deadline = time.monotonic() + seconds
+        while self._running and time.monotonic() < deadline:
+            try:
+                self._stops.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            return False
+        return True
+
+    def _release_the_rest(self) -> None:
+        with self._changed:
+            running = list(self._running.values())
+        for one in running:
+            if one.decide():
+                self._delivery.put(one.outcome("release", category="draining"))
+            one.cancelled.set()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ai-service")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(environ: Mapping[str, str]) -> int:
+    """Run a worker until SIGTERM or SIGINT. 0 after a drain, 1 when it broke, 2 when its settings are wrong or no provider is set up."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        worker = _made(environ)
+    except SettingsError as wrong:
+        sys.stderr.write("the worker cannot start:\n" + "".join(f"  {problem}\n" for problem in wrong.problems))
+        return 2
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _frame: worker.stop(signal.Signals(received).name))
+    return worker.run()
+
+
+def _made(environ: Mapping[str, str]) -> Worker:
+    """The worker of these settings. Raises SettingsError with all that is wrong."""
+    problems: list[str] = []
+    listed = _listed(environ, problems)
+    try:
+        settings = Settings.read(environ)
+        spool = Spool(settings.spool_dir, settings.url, settings.spool_max_bytes)
+        spool.open()
+    except SettingsError as wrong:
+        raise SettingsError([*wrong.problems, *problems]) from None
+    except OSError as error:
+        raise SettingsError([f"WORKER_SPOOL_DIR: {settings.spool_dir} cannot be used: {error.strerror or error}", *problems]) from None
+    if problems:
+        raise SettingsError(problems)
+    return Worker(settings, listed, spool)
+
+
+def _listed(environ: Mapping[str, str], problems: list[str]) -> tuple[Listed, ...]:
+    listed = providers.discover(environ)
+    problems += [f"{one.name}: {problem}" for one in listed for problem in one.problems]
+    wrong = [(one.name, profile) for one in listed for profile in one.model_profiles if not _PROFILE.fullmatch(profile)]
+    problems += [f"{name}: {profile!r} cannot be a model profile" for name, profile in wrong]
+    try:
+        served = providers.by_profile(listed)
+    except providers.ProviderConflict as conflict:
+        problems.append(str(conflict))
+        return listed
+    if not served and not problems:
+        problems.append("no provider is set up, so there is nothing to work for" + "".join(f"; {_why_absent(one)}" for one in listed))
+    return listed
+
+
+def _why_absent(listed: Listed) -> str:
+    return f"{listed.name}: {(listed.health and listed.health.detail) or 'serves no model profile'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(os.environ))
