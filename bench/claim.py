@@ -48,12 +48,15 @@ def fill(queue: Queue, pending: int, finished: int, combinations: int, prioritie
         from generate_series(0, {combinations} - 1) c, generate_series(0, {priorities} - 1) p on conflict do nothing;
         create temporary table fresh on commit drop as
         select uuid_v7(now() - interval '1 second' + i * interval '1 microsecond') as id, l.id as lane_id, i
-        from generate_series(1, {pending + finished}) i join (select id, row_number() over (order by id) - 1 as n, count(*) over () as lanes from lane) l
+        from generate_series(1, {pending + finished}) i
+        join (select id, row_number() over (order by id) - 1 as n, count(*) over () as lanes from lane) l
           on l.n = i % l.lanes;
         insert into job (id, lane_id, owner_ref, created_at, run_at, max_attempts, input_bytes, input)
         select id, lane_id, 'ref/' || i, now(), now(), 3, 100, '{{"text": "{"x" * 80}"}}' from fresh;
-        insert into ended (job_id, status, attempt, finished_at, result) select id, 'completed', 1, now(), '1' from fresh where i <= {finished};
-        insert into ready (lane_id, job_id, run_at, attempt, releases, input_bytes) select lane_id, id, now(), 0, 0, 100 from fresh where i > {finished} order by i;
+        insert into ended (job_id, status, attempt, finished_at, result)
+        select id, 'completed', 1, now(), '1' from fresh where i <= {finished};
+        insert into ready (lane_id, job_id, run_at, attempt, releases, input_bytes)
+        select lane_id, id, now(), 0, 0, 100 from fresh where i > {finished} order by i;
         commit""")
 
 

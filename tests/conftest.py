@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,11 @@ from service import Api, Corner, Service, running_service
 
 database_key = pytest.StashKey[Database]()
 cleanup_key = pytest.StashKey[ExitStack]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Ended by a time limit, the run cleans up as after Ctrl-C: otherwise servers would stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -34,7 +34,9 @@ def database(postgres_url: str) -> Iterator[Database]:
     ],
 )
 def test_an_error_of_the_server_becomes_a_refusal(database: Database, states: tuple[str, ...], refusal: type[Refusal]) -> None:
-    database.script("create function fail_with(state text) returns void language plpgsql as 'begin raise exception ''no'' using errcode = state; end'")
+    database.script(
+        "create function fail_with(state text) returns void language plpgsql as 'begin raise exception ''no'' using errcode = state; end'"
+    )
     for state in states:
         with pytest.raises(refusal):
             database.run("-- test\nselect fail_with(:state)", state=state)

@@ -27,10 +27,12 @@ create temporary table fresh as
   select uuid_v7(now() + i * interval '1 microsecond') as id, i % {LANES} + 1 as lane_id, i from generate_series(1, {4 * PENDING}) i;
 insert into job (id, lane_id, owner_ref, created_at, run_at, max_attempts, input_bytes, input)
   select id, lane_id, 'ref/' || i, now(), now(), 3, 1, '1' from fresh;
-insert into ready (lane_id, job_id, run_at, attempt, releases, input_bytes) select lane_id, id, now(), 0, 0, 1 from fresh where i <= {PENDING};
+insert into ready (lane_id, job_id, run_at, attempt, releases, input_bytes)
+  select lane_id, id, now(), 0, 0, 1 from fresh where i <= {PENDING};
 insert into ended (job_id, status, attempt, finished_at, result) select id, 'completed', 1, now(), '1' from fresh where i > 2 * {PENDING};
 insert into held (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at)
-  select id, lane_id, id, 'w', 1, 0, now(), now(), 900, now() + interval '1 hour' from fresh where i between {PENDING} + 1 and {PENDING} + 10000;
+  select id, lane_id, id, 'w', 1, 0, now(), now(), 900, now() + interval '1 hour'
+  from fresh where i between {PENDING} + 1 and {PENDING} + 10000;
 insert into waiting (job_id, lane_id, run_at, attempt, releases, input_bytes)
   select id, lane_id, now() + interval '1 day', 0, 0, 1 from fresh where i between {PENDING} + 10001 and 2 * {PENDING};
 drop table fresh
@@ -93,7 +95,8 @@ def test_a_claim_of_ten_touches_a_few_rows_of_each_lane_and_scans_no_table(
     "statement",
     [
         "select outcome from complete_jobs_v1(:ids::uuid[], :ids::uuid[], :values::text[], :none::text[], null, null, null, null)",
-        "select outcome from fail_jobs_v1(:ids::uuid[], :ids::uuid[], :values::text[], :values::text[], null, null, :none::text[], null, null, null, null)",
+        "select outcome from fail_jobs_v1(:ids::uuid[], :ids::uuid[], :values::text[], :values::text[], null, null, :none::text[], "
+        "null, null, null, null)",
         "select outcome from release_jobs_v1(:ids::uuid[], :ids::uuid[], null)",
         "select outcome from heartbeat_jobs_v1(:ids::uuid[], :ids::uuid[], null, :none::text[])",
         "select facts from job_texts_v1(:ids::uuid[], true, true)",

@@ -94,7 +94,8 @@ def test_ids_are_version_7_in_the_order_of_creation(queue: Queue) -> None:
     assert {each[19] for each in ids} <= set("89ab")
     [[apart]] = rows(
         queue.database,
-        "select max(abs(extract(epoch from created_at) * 1000 - ('x' || substr(replace(id::text, '-', ''), 1, 12))::bit(48)::bigint))::float8 from job",
+        "select max(abs(extract(epoch from created_at) * 1000 - "
+        "('x' || substr(replace(id::text, '-', ''), 1, 12))::bit(48)::bigint))::float8 from job",
     )
     assert apart <= 1
 
@@ -141,12 +142,14 @@ def test_retention_keeps_what_still_lives(queue: Queue) -> None:
     short_partition(queue)
     pending, running, scheduled, finished = (made.id for made in queue.create([new_job(n, idempotency_key=f"key-{n}") for n in range(4)]))
     queue.database.run(
-        "insert into waiting (job_id, lane_id, run_at, attempt, releases, input_bytes) select job_id, lane_id, now() + interval '1 day', 0, 0, 1 from ready where job_id = :id::uuid",
+        "insert into waiting (job_id, lane_id, run_at, attempt, releases, input_bytes) "
+        "select job_id, lane_id, now() + interval '1 day', 0, 0, 1 from ready where job_id = :id::uuid",
         id=scheduled,
     )
     queue.database.run("delete from ready where job_id = :id::uuid", id=scheduled)
     queue.database.run(
-        "insert into held (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at) select job_id, lane_id, job_id, 'w', 1, 0, now(), now(), 900, now() + interval '1 hour' from ready where job_id = :id::uuid",
+        "insert into held (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at) "
+        "select job_id, lane_id, job_id, 'w', 1, 0, now(), now(), 900, now() + interval '1 hour' from ready where job_id = :id::uuid",
         id=running,
     )
     queue.database.run("delete from ready where job_id = :id::uuid", id=running)
@@ -234,7 +237,8 @@ def test_a_retry_wakes_an_idle_lane(queue: Queue) -> None:
 
 def test_2000_combinations_are_enough_and_idle_ones_do_not_count(queue: Queue) -> None:
     queue.database.run(
-        "insert into lane (owner_service, task_type, model_profile, priority, idle) select 'owner' || i, 't', 'm', 0, i > 1999 from generate_series(1, 5000) i"
+        "insert into lane (owner_service, task_type, model_profile, priority, idle) "
+        "select 'owner' || i, 't', 'm', 0, i > 1999 from generate_series(1, 5000) i"
     )
     assert queue.create([new_job()])[0].created
     with pytest.raises(Exception, match="2,000 combinations"):
@@ -244,7 +248,7 @@ def test_2000_combinations_are_enough_and_idle_ones_do_not_count(queue: Queue) -
 
 def test_rescue_is_bounded_per_call(queue: Queue) -> None:
     queue.create([new_job(n) for n in range(1500)])
-    for n in range(2):
+    for _ in range(2):
         queue.claim([ClaimRequest("worker", limit=1000, claim_id=str(uuid.uuid4()))])
     queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
     assert [(queue.upkeep({}) or (0,))[0] for _ in range(3)] == [1000, 500, 0]

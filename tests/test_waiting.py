@@ -151,7 +151,8 @@ def test_a_create_that_commits_late_is_found(
     late = connect(postgres_url, database.schema)
     late.run("begin")
     late.run(
-        "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', '{NULL}', '{NULL}', '{NULL}', '{NULL}')"
+        "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', "
+        "'{NULL}', '{NULL}', '{NULL}', '{NULL}')"
     )
     [made] = parked(room, threads, [wish("nobody", wait_seconds=seconds)])
     made.result()
