@@ -4,6 +4,8 @@
 #   make run      the same, kept running on http://127.0.0.1:8080; the data stays in DATA
 #   make test     the tests
 #   make check    lint, types and tests: what CI runs
+#   make chaos    20,000 jobs while service processes are killed again and again
+#   make bench    what claims cost, at full size
 #
 # Settings are read from the environment: `LLM_BASE_URL=http://127.0.0.1:8000 make demo` uses a real model server.
 
@@ -13,7 +15,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check clean
+.PHONY: help demo run test lint format types check chaos bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +41,12 @@ types: $(VENV)/.ready
 	$(VENV)/bin/mypy
 
 check: lint types test
+
+chaos: $(VENV)/.ready
+	CHAOS_JOBS=20000 $(VENV)/bin/python -m pytest -s tests/test_chaos.py
+
+bench: $(VENV)/.ready
+	$(VENV)/bin/python bench/claim.py
 
 # The environment: made anew when it is missing or another Python's, brought up to date when pyproject.toml has changed.
 $(VENV)/.ready: pyproject.toml

@@ -197,6 +197,19 @@ def test_a_database_that_goes_away_is_a_503_and_nothing_answered_is_lost(own: Ow
     assert PASSWORD not in own.service.log
 
 
+@pytest.mark.parametrize("call", ["create", "complete"])
+def test_what_was_answered_survives_a_crash_of_the_database_in_the_next_moment(own: Own, call: str) -> None:
+    corner = Corner(own.service.api)
+    job = corner.create() if call == "create" else corner.take()
+    if call == "complete":
+        corner.done(job, "complete", result="whole")
+    own.server.stop("immediate")
+    own.server.start()
+    wait_until(lambda: ready(own), 20)
+    seen = corner.look(job)
+    assert (seen["status"], seen["result"]) == (("pending", None) if call == "create" else ("completed", "whole"))
+
+
 def test_a_waiting_claim_outlives_a_restart_of_the_database(own: Own) -> None:
     corner = Corner(own.service.api)
     with ThreadPoolExecutor(1) as pool:

@@ -95,8 +95,10 @@ def test_a_claim_of_ten_touches_a_few_rows_of_each_lane_and_scans_no_table(
     "statement",
     [
         "select outcome from complete_jobs_v1(:ids::uuid[], :ids::uuid[], :values::text[], :none::text[], null, null, null, null)",
-        "select outcome from fail_jobs_v1(:ids::uuid[], :ids::uuid[], :values::text[], :values::text[], null, null, :none::text[], "
-        "null, null, null, null)",
+        (
+            "select outcome from fail_jobs_v1(:ids::uuid[], :ids::uuid[], :values::text[], :values::text[], null, null, :none::text[], "
+            "null, null, null, null)"
+        ),
         "select outcome from release_jobs_v1(:ids::uuid[], :ids::uuid[], null)",
         "select outcome from heartbeat_jobs_v1(:ids::uuid[], :ids::uuid[], null, :none::text[])",
         "select facts from job_texts_v1(:ids::uuid[], true, true)",

@@ -1,0 +1,162 @@
+"""The README is true: its commands run, its tables are the code's, its plugin works."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from service import Service
+
+from ai_service import Settings, SettingsError, read_settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def rows_under(heading: str) -> dict[str, tuple[str, str]]:
+    """The table below a heading: name → default, what it does."""
+    table = README.split(f"### {heading}\n")[1].split("\n#")[0]
+    return {
+        name: (default.strip("` "), about) for name, default, about in re.findall(r"^\| `(\w+)` \| (.*?) ?\| (.*) \|$", table, re.MULTILINE)
+    }
+
+
+def run(script: str, **environment: str) -> str:
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command(name: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """`python ai_service.py …` with nothing but this environment."""
+    line = [sys.executable, "ai_service.py", name]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+
+
+def test_every_setting_of_the_service_is_in_the_table_with_its_default() -> None:
+    told = rows_under("Settings of the service")
+    metadata = [field.metadata for field in attrs.fields(Settings) if field.metadata]
+    assert told == {each["name"]: (each["default"] or "required", each["about"]) for each in metadata}
+
+
+@pytest.mark.parametrize("module", ["ai_worker.py", "providers/vllm.py"])
+def test_every_setting_of_the_worker_is_in_the_table(module: str) -> None:
+    told = rows_under("Settings of the worker")
+    for name in set(re.findall(r'"((?:AI_SERVICE|WORKER|LLM)_[A-Z_]+)"', (ROOT / module).read_text())):
+        assert name in told
+        assert name in (ROOT / module).read_text().split('"""')[1], "and in the module's docstring"
+
+
+def test_the_commands_of_the_story_run_as_they_stand(service: Service) -> None:
+    [by_hand] = [block for block in blocks("bash") if "by-hand" in block]
+    output = run(by_hand.replace("localhost:8080", f"127.0.0.1:{service.api.port}"))
+    assert '"status":"completed"' in output
+    assert '"result":{"label": "greeting"}' in output
+
+
+def test_a_job_is_sent_and_waited_for_as_the_story_says(service: Service) -> None:
+    [sending] = [block for block in blocks("bash") if "JOB=$(curl" in block and "by-hand" not in block]
+    output = run(sending.replace("localhost:8080", f"127.0.0.1:{service.api.port}").replace("wait_seconds=30", "wait_seconds=0"))
+    assert '"owner_ref":"beeline/7c1f"' in output
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "run", "test"} <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"\bmake (\w+)`", README)) <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+
+
+def test_every_other_command_of_the_readme_is_known_here() -> None:
+    known = ("make demo", "make test", "python bench/claim.py --help", "python3 -m venv /tmp/ai-service", "curl", "JOB=$(curl")
+    assert [block for block in blocks("bash") if not block.startswith(known)] == []
+
+
+def test_the_benchmark_explains_itself() -> None:
+    assert "backlog" in run(f"{sys.executable} bench/claim.py --help")
+
+
+def test_the_provider_of_the_readme_is_found_and_runs(tmp_path: Path) -> None:
+    (tmp_path / "echo_provider.py").write_text(blocks("python")[0])
+    info = tmp_path / "echo_provider-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-provider\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(blocks("toml")[0].replace("project.entry-points.", "").replace('"', ""))
+    script = (
+        "import providers, threading\n"
+        "echo = providers.by_profile(providers.discover({}))['echo']\n"
+        "job = providers.Job(id='1', owner_service='o', owner_ref='r', task_type='t', model_profile='echo', "
+        "input={'a': 1}, attempt=1, max_attempts=3)\n"
+        "print(echo.run(job).value, echo.check().status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "{'echo': {'a': 1}} ok\n", done.stderr
+
+
+RIGHT = {"DATABASE_URL": "postgresql://user:hidden-word@127.0.0.1/db"}
+
+
+def test_with_a_database_url_alone_everything_has_its_default() -> None:
+    settings = read_settings(RIGHT)
+    assert (settings.http_host, settings.http_port, settings.database_schema, settings.migrate_on_start) == (
+        "0.0.0.0",
+        8080,
+        "ai_service",
+        True,
+    )
+    assert "hidden-word" not in repr(settings)
+
+
+WRONG: list[dict[str, Any]] = [
+    {"HTTP_PORT": "eighty"}, {"HTTP_PORT": "65536"}, {"MIGRATE_ON_START": "perhaps"}, {"DATABASE_SCHEMA": "Drop Table"},
+    {"RETENTION": "soon"}, {"RETENTION": "5s"}, {"DRAIN_SECONDS": "-1"}, {"MAX_BODY_BYTES": "1"}, {"LOG_LEVEL": "LOUD"},
+    {"DATABASE_URL": "mysql://user:hidden-word@host/db"}, {"DATABASE_URL": ""}, {"HTTP_THREADS": "3"}, {"DATABASE_CONNECTIONS": "0"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_wrong_setting_is_named_and_its_secret_is_not(wrong: dict[str, str]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        read_settings(RIGHT | wrong)
+    assert len(refused.value.problems) == 1
+    assert refused.value.problems[0].startswith(next(iter(wrong)))
+    assert "hidden-word" not in str(refused.value)
+
+
+def test_all_wrong_settings_are_told_in_one_message() -> None:
+    wrong = {name: value for each in WRONG for name, value in each.items()}
+    with pytest.raises(SettingsError) as refused:
+        read_settings(wrong)
+    assert len(refused.value.problems) == len(wrong)
+
+
+def test_serve_without_a_database_says_how_to_bring_one() -> None:
+    done = command("serve", {})
+    assert done.returncode == 2
+    assert "DATABASE_URL is not set" in done.stderr
+    assert "ai-service serve --embedded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("database_url", ["postgresql://user:hidden-word@127.0.0.1:1/db"])
+def test_check_says_what_is_missing(database_url: str) -> None:
+    done = command("check", {"DATABASE_URL": database_url})
+    assert done.returncode == 1
+    assert "database_unavailable" in done.stdout
+    assert "access: open" in done.stdout
+    assert "hidden-word" not in done.stdout + done.stderr
+
+
+def test_check_is_content_with_a_running_service(service: Service) -> None:
+    done = command("check", service.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ready, schema version" in done.stdout
