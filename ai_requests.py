@@ -318,6 +318,10 @@ ProgressText = Annotated[str, SmallObject(4096)]
 ReportText = Annotated[str, SmallObject(8192, WorkerReport)]
 
 
+# Profiles, types, owners: what a claim may take; None is any.
+Filters = tuple[tuple[str, ...] | None, ...]
+
+
 @attrs.frozen
 class ClaimRequest:
     """A wish for pending jobs; an absent filter is any. Lease and wait in seconds."""
@@ -333,8 +337,8 @@ class ClaimRequest:
     worker: ReportText | None = None
 
     @property
-    def filters(self) -> tuple[tuple[str, ...] | None, ...]:
-        """Profiles, types and owners, sorted: requests with the same ones are claimed for together."""
+    def filters(self) -> Filters:
+        """Sorted, so that requests with the same ones are claimed for together."""
         wanted = (self.model_profiles, self.task_types, self.owner_services)
         return tuple(tuple(sorted(set(names))) if names is not None else None for names in wanted)
 

@@ -1,7 +1,7 @@
 """waitress with this service's limits: problem bodies for what it refuses itself, and an end in two steps, drain then stop."""
 
 import logging
-import threading
+import math
 import time
 from collections.abc import Callable
 from socket import AF_INET, AF_INET6, create_server, socket
@@ -76,15 +76,25 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
 
 class Server:
-    """Serves a WSGI application on a listening socket until it is told to stop.
+    """Serves a WSGI application on a listening socket until it is told to end.
 
     `problem` makes the body for an HTTP status that waitress answers itself. `max_body_bytes` holds for chunked bodies too.
+    `drain` is called once, when the end begins; the listener closes `drain_seconds` later.
     """
 
     def __init__(
-        self, app: Any, listener: socket, *, threads: int, max_body_bytes: int, problem: Callable[[int, str], dict[str, object]]
+        self,
+        app: Any,
+        listener: socket,
+        *,
+        threads: int,
+        max_body_bytes: int,
+        problem: Callable[[int, str], dict[str, object]],
+        drain: Callable[[], None],
+        drain_seconds: float,
     ) -> None:
-        self._stopping = threading.Event()
+        self._drain, self._drain_seconds = drain, drain_seconds
+        self._times_told, self._closes_at = 0, math.inf
         # A client that hangs up is only noticed while its connection is read: hence one request of look-ahead.
         self._waitress = waitress.server.create_server(
             app,
@@ -101,35 +111,33 @@ class Server:
         self._waitress.problem = problem
         self._waitress.draining = False
 
+    def end(self, *_signal: object) -> None:
+        """Told once, the server drains; told again, it closes now. A signal handler: it may interrupt anything, so it only leaves word."""
+        self._times_told += 1
+        self._waitress.pull_trigger()
+
     def run(self) -> None:
-        """Returns after `stop`, when what was being answered has been."""
-        while not self._stopping.is_set():
-            self._loop_once()
+        """Returns when the listener has closed and what was being answered has been."""
+        while (left := self._closes_at - time.monotonic()) > 0:
+            self._heed()
+            self._loop_once(min(1.0, left))
         waitress.wasyncore.dispatcher.close(self._waitress)
         deadline = time.monotonic() + LAST_ANSWERS_SECONDS
         while self._is_busy() and time.monotonic() < deadline:
-            self._loop_once()
+            self._loop_once(0.1)
         self._waitress.task_dispatcher.shutdown()
 
-    def drain(self, begin: Callable[[], None], seconds: float) -> None:
-        """The first call begins to drain and closes the listener after so many seconds; the second closes it now."""
-        if self._waitress.draining:
-            return self.stop()
-        self._waitress.draining = True
-        log.info("service_draining seconds=%g", seconds)
-        begin()
-        timer = threading.Timer(seconds, self.stop)
-        timer.daemon = True
-        timer.start()
-        return None
+    def _heed(self) -> None:
+        if self._times_told > 1:
+            self._closes_at = 0.0
+        if self._times_told and not self._waitress.draining:
+            self._waitress.draining = True
+            log.info("service_draining seconds=%g", self._drain_seconds)
+            self._drain()
+            self._closes_at = min(self._closes_at, time.monotonic() + self._drain_seconds)
 
-    def stop(self) -> None:
-        """Ends `run`."""
-        self._stopping.set()
-        self._waitress.pull_trigger()
-
-    def _loop_once(self) -> None:
-        waitress.wasyncore.loop(timeout=1, map=self._waitress._map, use_poll=True, count=1)  # noqa: SLF001  waitress' own loop never ends
+    def _loop_once(self, seconds: float) -> None:
+        waitress.wasyncore.loop(timeout=seconds, map=self._waitress._map, use_poll=True, count=1)  # noqa: SLF001  waitress' own never ends
 
     def _is_busy(self) -> bool:
         return any(channel.requests or channel.total_outbufs_len for channel in list(self._waitress.active_channels.values()))

@@ -53,6 +53,7 @@ from ai_requests import (
     DatabaseUnavailable,
     Draining,
     Failure,
+    Filters,
     Heartbeat,
     IdempotencyKeyReused,
     InvalidState,
@@ -589,9 +590,18 @@ class Ticket:
     request: ClaimRequest
     client_is_gone: Callable[[], bool]
     deadline: float
+    filters: Filters = attrs.field(init=False)
     answer: Claimed | Refusal | None = None
     done: threading.Event = attrs.field(factory=threading.Event)
     parked: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self.filters = self.request.filters
+
+    @property
+    def nothing(self) -> Claimed:
+        """The answer without a job."""
+        return Claimed(str(self.request.claim_id), "")
 
     def deliver(self, answer: Claimed | Refusal) -> None:
         """Gives the request its answer."""
@@ -600,8 +610,7 @@ class Ticket:
 
     def fits(self, lanes: Iterable[tuple[str, str, str]]) -> bool:
         """Whether one of these (profile, type, owner) passes the request's filters."""
-        filters = self.request.filters
-        return any(all(names is None or name in names for names, name in zip(filters, lane, strict=True)) for lane in lanes)
+        return any(all(names is None or name in names for names, name in zip(self.filters, lane, strict=True)) for lane in lanes)
 
 
 class WaitingRoom:
@@ -615,8 +624,8 @@ class WaitingRoom:
         self._queue, self._places = queue, places
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._tickets: list[Ticket] = []
-        self._woken: list[Ticket] = []
+        self._tickets: dict[Ticket, None] = {}
+        self._woken: dict[Ticket, None] = {}
         self._finishing: dict[str, list[threading.Event]] = {}
         self._closed = False
         self._seq, self._hot_until, self._peek_at, self._sweep_at = 0, 0.0, 0.0, 0.0
@@ -628,12 +637,11 @@ class WaitingRoom:
         ticket = Ticket(request, client_is_gone, time.monotonic() + (request.wait_seconds or 0))
         with self._lock:
             earlier = [other for other in self._tickets if other.parked and other.request.claim_id == request.claim_id]
-            self._tickets.append(ticket)
-            self._woken.append(ticket)
+            self._tickets[ticket] = self._woken[ticket] = None
             self._changed.notify()
         # A repeat while the first still waits: the caller gave that one up.
         for other in earlier:
-            self._leave(other, Claimed(str(request.claim_id), ""))
+            self._leave(other, other.nothing)
         ticket.done.wait()
         if isinstance(ticket.answer, Refusal):
             raise ticket.answer
@@ -644,7 +652,7 @@ class WaitingRoom:
         """Returns when the job may have finished, or after so many seconds, or at once where there is no room to wait."""
         finished = threading.Event()
         with self._lock:
-            if self._closed or len(self._finishing) >= self._places:
+            if self._closed or self.waiting() >= self._places:
                 return
             self._finishing.setdefault(job_id, []).append(finished)
             self._changed.notify()
@@ -657,13 +665,10 @@ class WaitingRoom:
                 self._finishing.pop(job_id, None)
 
     def became_ready(self, lanes: Sequence[tuple[str, str, str]] | None = None) -> None:
-        """Wakes the claims that such (profile, type, owner) fit; all without any."""
+        """Wakes the claims that such (profile, type, owner) fit; all without any. One that is being claimed for is looked at again."""
         with self._lock:
-            parked = [ticket for ticket in self._tickets if ticket.parked and ticket not in self._woken]
-            woken = parked if lanes is None else [ticket for ticket in parked if ticket.fits(lanes)]
-            self._woken += woken
-            if woken:
-                self._changed.notify()
+            self._woken |= {ticket: None for ticket in self._tickets if lanes is None or ticket.fits(lanes)}
+            self._changed.notify()
 
     def finished(self, job_ids: Iterable[str]) -> None:
         """Wakes who waits for these jobs."""
@@ -673,8 +678,8 @@ class WaitingRoom:
                     waiter.set()
 
     def waiting(self) -> int:
-        """How many requests are parked."""
-        return sum(ticket.parked for ticket in self._tickets) + len(self._finishing)
+        """How many requests are parked; each keeps a thread."""
+        return sum(ticket.parked for ticket in list(self._tickets)) + sum(map(len, list(self._finishing.values())))
 
     def close(self) -> None:
         """From now on nobody waits: who does is answered."""
@@ -688,7 +693,7 @@ class WaitingRoom:
             with self._lock:
                 if not self._woken:
                     self._changed.wait(self._pause())
-                woken, self._woken = self._woken, []
+                woken, self._woken = list(self._woken), {}
             try:
                 self._claim_for(woken)
                 self._look_around()
@@ -699,23 +704,33 @@ class WaitingRoom:
                 self._answer_all(Refusal())
 
     def _pause(self) -> float | None:
+        """How long nothing is due, with the lock held; None where nobody waits."""
         if not self._tickets and not self._finishing:
             return None
-        return 0.0 if self._closed else max(0.0, min([self._peek_at, *(ticket.deadline for ticket in self._tickets)]) - time.monotonic())
+        due = min([self._peek_at, *(ticket.deadline for ticket in self._tickets)])
+        return 0.0 if self._closed else max(0.0, due - time.monotonic())
 
     def _claim_for(self, tickets: Sequence[Ticket]) -> None:
         """Claims for tickets, those with the same filters together; who gets nothing is parked or answered."""
-        tickets = [ticket for ticket in tickets if not self._dismissed(ticket)]
-        by_filters = sorted(tickets, key=lambda ticket: tuple((names is not None, names or ()) for names in ticket.request.filters))
-        for _, group in itertools.groupby(by_filters, key=lambda ticket: ticket.request.filters):
+        waiting = [ticket for ticket in tickets if not self._dismissed(ticket)]
+        waiting.sort(key=lambda ticket: [(names is not None, names or ()) for names in ticket.filters])
+        for _, group in itertools.groupby(waiting, key=lambda ticket: ticket.filters):
             nothing_left = False
             for batch in _batches(list(group)):
-                if nothing_left and all(ticket.parked for ticket in batch):
-                    continue
-                answers = self._queue.claim([ticket.request for ticket in batch])
-                nothing_left = answers[-1] == Claimed(str(batch[-1].request.claim_id), "")
-                for ticket, answer in zip(batch, answers, strict=True):
-                    self._settle(ticket, answer)
+                if not nothing_left or not all(ticket.parked for ticket in batch):
+                    nothing_left = self._claim_for_batch(batch)
+
+    def _claim_for_batch(self, batch: Sequence[Ticket]) -> bool:
+        """One statement for tickets with the same filters; whether the last of them found nothing. Raises a Refusal that will pass."""
+        try:
+            answers = self._queue.claim([ticket.request for ticket in batch])
+        except Refusal as refusal:
+            if refusal.retry_after:
+                raise
+            answers = [refusal] * len(batch)
+        for ticket, answer in zip(batch, answers, strict=True):
+            self._settle(ticket, answer)
+        return answers[-1] == batch[-1].nothing
 
     def _settle(self, ticket: Ticket, answer: Claimed | Refusal) -> None:
         may_wait = isinstance(answer, Claimed) and not answer.jobs and ticket.deadline > time.monotonic() and not self._closed
@@ -727,7 +742,7 @@ class WaitingRoom:
     def _leave(self, ticket: Ticket, answer: Claimed | Refusal) -> None:
         with self._lock:
             if ticket in self._tickets:
-                self._tickets.remove(ticket)
+                del self._tickets[ticket]
                 ticket.deliver(answer)
 
     def _dismissed(self, ticket: Ticket) -> bool:
@@ -736,15 +751,16 @@ class WaitingRoom:
             return True
         if not ticket.client_is_gone():
             return False
-        self._leave(ticket, Claimed(str(ticket.request.claim_id), ""))
+        self._leave(ticket, ticket.nothing)
         return True
 
     def _look_around(self) -> None:
         """Answers who waited long enough; asks, when it is time, what other processes made ready or finished."""
         now = time.monotonic()
-        for ticket in [ticket for ticket in self._tickets if ticket.parked and (self._closed or ticket.deadline <= now)]:
-            self._leave(ticket, Claimed(str(ticket.request.claim_id), ""))
-        if now < self._peek_at or not (self._finishing or any(ticket.parked for ticket in self._tickets)):
+        parked = [ticket for ticket in list(self._tickets) if ticket.parked]
+        for ticket in (ticket for ticket in parked if self._closed or ticket.deadline <= now):
+            self._leave(ticket, ticket.nothing)
+        if now < self._peek_at or not (self._finishing or parked):
             return
         self._peek_at = now + PEEK_SECONDS
         seq, due, ended = self._queue.peek(list(self._finishing))
@@ -753,7 +769,7 @@ class WaitingRoom:
             self._seq, self._hot_until = seq, now + LATE_COMMIT_SECONDS
         if now < self._hot_until or now > self._sweep_at:
             self._sweep_at = now + FULL_PROBE_SECONDS
-            self._claim_for([ticket for ticket in self._tickets if ticket.parked])
+            self._claim_for(parked)
 
     def _answer_all(self, refusal: Refusal) -> None:
         for ticket in list(self._tickets):
@@ -1310,10 +1326,16 @@ def serve(settings: Settings) -> int:
     service = Service(settings)
     service.start()
     server = Server(
-        create_app(service), listener, threads=settings.http_threads, max_body_bytes=settings.max_body_bytes, problem=refused_by_server
+        create_app(service),
+        listener,
+        threads=settings.http_threads,
+        max_body_bytes=settings.max_body_bytes,
+        problem=refused_by_server,
+        drain=service.drain,
+        drain_seconds=settings.drain_seconds,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.drain(service.drain, settings.drain_seconds))
+        signal.signal(number, server.end)
     log.warning("access_open: no tokens are configured, every caller may do everything")
     log.info(
         "service_started version=%s host=%s port=%d database=%s",

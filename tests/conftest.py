@@ -22,7 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> str | list[str]:
+    if hasattr(config, "workerinput"):  # A worker is asked too, though nobody reads its answer.
+        return []
     if config.option.collectonly:
         return "PostgreSQL: not started, tests are only collected"
     database = _database(config)
