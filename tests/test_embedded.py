@@ -136,7 +136,8 @@ def test_server_left_running_is_stopped_and_its_data_used(tmp_path: Path) -> Non
     sockets.mkdir()
     if account:
         account.give(sockets)
-    left = ai_embedded._Cluster(ai_embedded._programs(), tmp_path, sockets, account).start()
+    programs = ai_embedded._executable_by(account, ai_embedded._programs(), sockets)
+    left = ai_embedded._Cluster(programs, tmp_path, sockets, account).start()
     with embedded_postgres(tmp_path) as url:
         assert run(url, "select count(*) from seen") == [[0]]
         assert left.wait(10) == 0
