@@ -90,21 +90,12 @@ class Database:
     def _lent(self, seconds: float) -> Iterator["Connection"]:
         if not self._places.acquire(timeout=min(seconds, LEND_SECONDS)):
             raise DatabaseBusy("all database connections are in use")
-        connection: Connection | None = None
         try:
             with self._translated():
                 connection = self._alive() or Connection(self.address, self.schema)
-                connection.limit(seconds)
-                yield connection
-        except (DatabaseUnavailable, *_UNREACHABLE):
-            if connection:
-                connection.close()
-            raise
-        except BaseException:
-            self._keep(connection)
-            raise
-        else:
-            self._keep(connection)
+                with self._returned(connection):
+                    connection.limit(seconds)
+                    yield connection
         finally:
             self._places.release()
 
@@ -117,9 +108,21 @@ class Database:
                 connection.close()
         return None
 
-    def _keep(self, connection: "Connection | None") -> None:
-        if connection:
-            self._free.append(connection)
+    @contextlib.contextmanager
+    def _returned(self, connection: "Connection") -> Iterator[None]:
+        """Takes a connection back, unless it broke or was left in the middle of something."""
+        whole = False
+        try:
+            yield
+            whole = True
+        except pg8000.native.DatabaseError as error:
+            whole = not isinstance(refusal_of(error), DatabaseUnavailable)
+            raise
+        finally:
+            if whole:
+                self._free.append(connection)
+            else:
+                connection.close()
 
     @staticmethod
     @contextlib.contextmanager

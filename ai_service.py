@@ -1008,6 +1008,7 @@ class Jobs(Resource):
         job = read_body(self.body(request), NewJob)
         created, job_id, text = self.queue.create_one(job)
         self.room.became_ready([(job.model_profile, job.task_type, job.owner_service)])
+        log.debug("job_created id=%s new=%s", job_id, created)
         response.location = f"/api/v1/jobs/{job_id}"
         send(response, text.render(), falcon.HTTP_201 if created else falcon.HTTP_200)
 
@@ -1029,6 +1030,7 @@ class JobBatch(Resource):
         self.room.became_ready(list({(job.model_profile, job.task_type, job.owner_service) for job in jobs}))
         rows = ",".join(f'{{"id":"{job.id}","status":"{job.status}","created":{"true" if job.created else "false"}}}' for job in made)
         new = sum(job.created for job in made)
+        log.debug("jobs_created new=%d existing=%d", new, len(made) - new)
         status = falcon.HTTP_201 if new else falcon.HTTP_200
         send(response, f'{{"jobs":[{rows}],"created":{new},"existing":{len(made) - new}}}', status)
 
@@ -1041,6 +1043,7 @@ class JobClaim(Resource):
         wish = attrs.evolve(wish, claim_id=(wish.claim_id or str(uuid.uuid4())).lower())
         self.service.upkeep.saw(wish.worker_id, wish.worker)
         claimed = self.room.claim(wish, request.env.get("waitress.client_disconnected", lambda: False))
+        log.debug("jobs_claimed worker_id=%r empty=%s", wish.worker_id, not claimed.jobs)
         send(response, f'{{"claim_id":"{claimed.claim_id}","jobs":[{claimed.jobs}]}}')
 
 
@@ -1086,6 +1089,7 @@ class JobVerb(Resource):
         job_id = known_id(job_id)
         done = self.act(job_id, body)
         self.service.moved([job_id])
+        log.debug("job_called path=%s", request.path)
         send(response, done if isinstance(done, str) else done.render())
 
 
@@ -1106,6 +1110,7 @@ class JobsVerb(Resource):
         for (position, _, _), outcome in zip(wanted, outcomes, strict=True):
             answers[position] |= self._rendered(outcome, report)
         self.service.moved([job_id for _, job_id, _ in wanted])
+        log.debug("jobs_called path=%s count=%d", request.path, len(wanted))
         send(response, msgspec.json.encode({"jobs": answers}).decode())
 
     def _wanted(self, position: int, item: msgspec.Raw, answer: dict[str, Any]) -> tuple[int, str, Any] | None:
@@ -1169,6 +1174,7 @@ class Pause(Resource):
         if not any(attrs.asdict(named).values()):
             raise ValidationFailed(errors=[{"path": "", "message": "must name model_profiles, task_types or owner_services"}])
         rules = self.act(named.owner_services, named.task_types, named.model_profiles)
+        log.info("pauses_changed path=%s rules=%s", request.path, rules)
         self.room.became_ready()
         send(response, f'{{"paused":{rules}}}')
 

@@ -128,3 +128,10 @@ def test_lists_of_text_arrive_as_they_are(database: Database, value: list[str | 
 )
 def test_other_values_go_in_as_text(value: object, text: str | None) -> None:
     assert literal(value) == text
+
+
+def test_a_connection_left_in_the_middle_of_something_is_not_lent_again(database: Database) -> None:
+    with pytest.raises(KeyboardInterrupt), database._lent(5):
+        raise KeyboardInterrupt
+    assert database._free == []
+    assert database.run("-- test\nselect 1") == [[1]]
