@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -132,15 +133,15 @@ def test_server_left_running_is_stopped_and_its_data_used(tmp_path: Path) -> Non
     with embedded_postgres(tmp_path) as url:
         run(url, "create table seen (at int)")
     account = ai_embedded._account(tmp_path)
-    sockets = tmp_path / "s"
-    sockets.mkdir()
-    if account:
-        account.give(sockets)
-    programs = ai_embedded._executable_by(account, ai_embedded._programs(), sockets)
-    left = ai_embedded._Cluster(programs, tmp_path, sockets, account).start()
-    with embedded_postgres(tmp_path) as url:
-        assert run(url, "select count(*) from seen") == [[0]]
-        assert left.wait(10) == 0
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        sockets = Path(name)
+        if account:
+            account.give(sockets)
+        programs = ai_embedded._executable_by(account, ai_embedded._programs(), sockets)
+        left = ai_embedded._Cluster(programs, tmp_path, sockets, account).start()
+        with embedded_postgres(tmp_path) as url:
+            assert run(url, "select count(*) from seen") == [[0]]
+            assert left.wait(10) == 0
 
 
 def test_stale_postmaster_pid_of_a_process_that_lives_does_not_stop_the_start(tmp_path: Path) -> None:

@@ -182,12 +182,22 @@ def test_beyond_its_places_the_room_answers_at_once(queue: Queue, threads: Threa
     assert [claimed.result(2).jobs for claimed in waiting] == ["", ""]
 
 
-def test_the_same_claim_twice_at_once_gets_the_same_job(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+def test_a_repeat_takes_the_place_of_the_claim_that_still_waits(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
     same = wish()
-    waiting = parked(room, threads, [same, same])
+    [given_up] = parked(room, threads, [same])
+    repeat = threads.submit(room.claim, same, present)
+    assert given_up.result(2).jobs == ""
     queue.create([new_job(), new_job()])
     room.became_ready()
-    assert len({claimed.result(5).jobs for claimed in waiting}) == 1
+    assert repeat.result(5).jobs.count('"id"') == 1
+
+
+def test_the_same_claim_twice_at_once_gets_the_same_job(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    for _ in range(20):
+        queue.create([new_job(), new_job()])
+        same = wish(wait_seconds=0)
+        both = [threads.submit(room.claim, same, present) for _ in range(2)]
+        assert len({claimed.result(5).jobs for claimed in both}) == 1
 
 
 def test_who_waits_for_a_job_is_told_when_another_process_finishes_it(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
