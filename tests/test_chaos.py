@@ -31,12 +31,12 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def drain(url: str, number: int, total: int, shared: Path) -> None:
+def drain(url: str, number: int, total: int, shared: Path, limit: int) -> None:
     """Claims and completes until all jobs are done; writes down each job it was handed, and what the service said of its completion."""
     client = AIService(url, retry_seconds=120)
     with (shared / f"claimer-{number}").open("w") as written:
         while True:
-            claim = client.claim(f"claimer-{number}", limit=20, wait_seconds=0.2)
+            claim = client.claim(f"claimer-{number}", limit=limit, wait_seconds=0.2)
             results = [Completion(job.id, claim.claim_id, {"by": number}) for job in claim.jobs]
             for answer in client.complete_many(results) if results else ():
                 written.write(f"{answer.id} {answer.status}\n")
@@ -63,10 +63,10 @@ def submit(url: str, total: int) -> list[str]:
         return [job.id for start in range(0, total, 1000) for job in client.create_jobs(new[start : start + 1000]).jobs]
 
 
-def claimers(services: list[Service], total: int, shared: Path) -> list[multiprocessing.process.BaseProcess]:
+def claimers(services: list[Service], total: int, shared: Path, limit: int = 20) -> list[multiprocessing.process.BaseProcess]:
     spawn = multiprocessing.get_context("spawn")
     urls = [f"http://127.0.0.1:{service.api.port}" for service in services]
-    processes = [spawn.Process(target=drain, args=(urls[n % 2], n, total, shared)) for n in range(CLAIMERS)]
+    processes = [spawn.Process(target=drain, args=(urls[n % 2], n, total, shared, limit)) for n in range(CLAIMERS)]
     for process in processes:
         process.start()
     return processes
@@ -98,11 +98,11 @@ def test_eight_processes_claim_every_job_once_through_two_services(postgres_url:
 def test_service_processes_killed_again_and_again_lose_and_repeat_nothing(postgres_url: str, tmp_path: Path) -> None:
     with fresh_schema(postgres_url) as schema, two_services(postgres_url, schema) as services:
         ids = submit(f"http://127.0.0.1:{services[0].api.port}", JOBS)
-        processes = claimers(services, JOBS, tmp_path)
+        processes = claimers(services, JOBS, tmp_path, limit=4)
         kills = 0
         chance = random.Random(7)  # the moments differ anyway: the machine decides
         while any(process.is_alive() for process in processes):
-            threading.Event().wait(chance.uniform(0.05, 0.8))
+            threading.Event().wait(chance.uniform(0.05, 0.5))
             victim = services[kills % 2]
             victim.kill()
             services[kills % 2] = Service(postgres_url, schema, HTTP_PORT=str(victim.api.port)).start()
