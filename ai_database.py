@@ -71,15 +71,16 @@ class Database:
         with self._lent(seconds) as connection:
             return connection.run(statement, {name: literal(value) for name, value in values.items()})
 
+    @contextlib.contextmanager
+    def session(self) -> Iterator["Connection"]:
+        """A connection of one's own, closed at the end; what it left open is rolled back. Raises like `run`."""
+        with self._translated(), contextlib.closing(Connection(self.address, self.schema)) as connection:
+            yield connection
+
     def script(self, text: str) -> list[list[Any]]:
-        """Runs statements without parameters on a connection of its own, in one transaction. Raises like `run`."""
-        with self._translated():
-            connection = Connection(self.address, self.schema)
-        try:
-            with self._translated():
-                return connection.script(text)
-        finally:
-            connection.close()
+        """Runs statements without parameters in a session of their own; the rows of the last that has any. Raises like `run`."""
+        with self.session() as session:
+            return session.script(text)
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
@@ -221,13 +222,18 @@ def migrate(database: Database) -> None:
     if schema_version(database) >= SCHEMA_VERSION:
         return
     name = database.schema
-    exists = database.script(f"select to_regnamespace('{name}') is not null")[0][0]
-    database.script(
-        "begin; set local statement_timeout = 0; set local lock_timeout = '2min'; "
-        f"select pg_advisory_xact_lock(hashtextextended('ai_service schema {name}', 0)); "
-        f"set local lock_timeout = '5s'; {'' if exists else f'create schema if not exists {name};'}\n{SCHEMA_FILE.read_text()}\n"
-        f"insert into schema_version (version) values ({SCHEMA_VERSION}) on conflict do nothing; commit"
-    )
+    with database.session() as session:
+        session.script(
+            "begin; set local statement_timeout = 0; set local lock_timeout = '2min'; "
+            f"select pg_advisory_xact_lock(hashtextextended('ai_service schema {name}', 0)); set local lock_timeout = '5s'"
+        )
+        # Another process may have been quicker.
+        [[exists]] = session.script(f"select to_regclass('{name}.schema_version') is not null")
+        if exists and session.script("select coalesce(max(version), 0) from schema_version")[0][0] >= SCHEMA_VERSION:
+            return
+        [[schema_exists]] = session.script(f"select to_regnamespace('{name}') is not null")
+        session.script(("" if schema_exists else f"create schema {name};\n") + SCHEMA_FILE.read_text())
+        session.script(f"insert into schema_version (version) values ({SCHEMA_VERSION}) on conflict do nothing; commit")  # noqa: S608  a number
     log.info("schema_applied version=%d schema=%s", SCHEMA_VERSION, name)
 
 

@@ -139,6 +139,12 @@ class SchemaOutdated(Refusal):
     retry_after = 5
 
 
+class ServiceFull(Refusal):
+    """Too many claims are under way."""
+
+    retry_after = 1
+
+
 class Draining(Refusal):
     """The service is shutting down."""
 

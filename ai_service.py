@@ -76,6 +76,7 @@ from ai_requests import (
     RetryFilter,
     SchemaMissing,
     SchemaOutdated,
+    ServiceFull,
     StatsQuery,
     TooDeep,
     TooManyCombinations,
@@ -255,18 +256,24 @@ class Floors:
     def __init__(self) -> None:
         self._safe: dict[int, int] = {}
         self._fresh: dict[int, int] = {}
-        self._moved = self._probed = time.monotonic()
+        self._moved = time.monotonic()
+        self._probed: dict[Filters, float] = {}
 
-    def known(self) -> list[int]:
-        """Floors by lane id, from lane 1 on; none when a full probe is due."""
+    def known(self, filters: Filters) -> list[int]:
+        """Floors by lane id, from lane 1 on; none when a full probe with these filters is due."""
         now = time.monotonic()
         if now - self._moved > FLOOR_LAG_SECONDS:
             self._safe.update(self._fresh)
             self._fresh, self._moved = {}, now
-        if now - self._probed > FULL_PROBE_SECONDS:
-            self._probed = now
+        if now - self._probed.get(filters, 0.0) > FULL_PROBE_SECONDS:
+            self._probed = {each: at for each, at in self._probed.items() if now - at <= FULL_PROBE_SECONDS} | {filters: now}
             return []
         return [self._safe.get(lane, 0) for lane in range(1, max(self._safe, default=0) + 1)]
+
+    def forget_above(self, seq: int) -> None:
+        """Drops floors beyond the number handed out last: the database was put back to an earlier time."""
+        if any(floor > seq for floor in (*self._safe.values(), *self._fresh.values())):
+            self._safe, self._fresh = {}, {}
 
     def raise_to(self, lanes: Iterable[int], seqs: Iterable[int]) -> None:
         """Takes note of what a claim took."""
@@ -341,30 +348,46 @@ class Queue:
         profiles, types, owners = requests[0].filters
         rows = self.database.run(
             "-- queue.claim\n"
-            "select n, outcome, jobs, lane_ids, seqs, owner_order "
+            "select outcome, job_ids::text[], lane_ids, seqs, owner_order "
             "from claim_jobs_v1(:profiles::text[], :task_types::text[], :owners::text[], :served::text[], :floors::bigint[], "
             ":claim_ids::uuid[], :worker_ids::text[], :leases::float8[], :limits::int[]) order by n",
             profiles=profiles,
             task_types=types,
             owners=owners,
             served=self._served,
-            floors=self._floors.known(),
+            floors=self._floors.known(requests[0].filters),
             claim_ids=[request.claim_id for request in requests],
             worker_ids=[request.worker_id for request in requests],
             leases=[request.lease_seconds or 900 for request in requests],
             limits=[request.limit or 1 for request in requests],
         )
-        for _, _, _, lanes, seqs, order in rows:
+        for _, _, lanes, seqs, order in rows:
             self._floors.raise_to(lanes or (), seqs or ())
             self._served = [owner for owner in self._served if owner not in (order or ())] + (order or [])
+        texts = self._claimed_texts(
+            [(str(request.claim_id), row[1]) for request, row in zip(requests, rows, strict=True) if row[0] == "ok"]
+        )
         return [
-            Claimed(str(request.claim_id).lower(), jobs) if outcome == "ok" else OUTCOMES[outcome]()
-            for request, (_, outcome, jobs, *_) in zip(requests, rows, strict=True)
+            Claimed(str(request.claim_id), texts.get(str(request.claim_id), "")) if row[0] == "ok" else OUTCOMES[row[0]]()
+            for request, row in zip(requests, rows, strict=True)
         ]
+
+    def _claimed_texts(self, claims: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
+        """What claims hold of these jobs, by claim_id. Read after the claim was committed: a slow reader holds up no other claim."""
+        pairs = [(claim_id, job_id) for claim_id, job_ids in claims for job_id in job_ids]
+        if not pairs:
+            return {}
+        rows = self.database.run(
+            "-- queue.claimed_texts\nselect claim_id::text, jobs from claimed_texts_v1(:claim_ids::uuid[], :job_ids::uuid[])",
+            claim_ids=[claim_id for claim_id, _ in pairs],
+            job_ids=[job_id for _, job_id in pairs],
+        )
+        return dict(rows)
 
     def peek(self, job_ids: Sequence[str]) -> tuple[int, bool, list[str]]:
         """The number of the job that became ready last, whether a scheduled one is due, and which of these jobs have finished."""
         row = self.database.run("-- queue.peek\nselect seq, due, ended::text[] from peek_v1(:job_ids::uuid[])", job_ids=job_ids)[0]
+        self._floors.forget_above(row[0])
         return row[0], row[1], row[2]
 
     def heartbeat_one(self, job_id: str, beat: Heartbeat) -> str:
@@ -482,7 +505,7 @@ class Queue:
 
     def stats(self, window_seconds: int) -> str:
         """Counters as one JSON object, after the ledger was folded."""
-        self.database.run("-- queue.fold\nselect fold_v1()")
+        self.fold()
         return str(self.database.run("-- queue.stats\nselect stats_v1(:window::int, null)", window=window_seconds)[0][0])
 
     def workers(self) -> list[tuple[str, str, str | None]]:
@@ -493,29 +516,35 @@ class Queue:
         )
         return [(row[0], row[1], row[2]) for row in rows]
 
-    def upkeep(self, seen: Mapping[str, tuple[float, str | None]]) -> tuple[int, int, int] | None:
-        """Rescues, expires, promotes, folds; writes down workers: id → (seconds ago, report). None where another process is at it."""
+    def upkeep(self, seen: Mapping[str, tuple[float, str | None]]) -> tuple[int, int, int]:
+        """Rescues, expires, promotes, up to 1,000 of each; writes down workers: id → (seconds ago, report). Zeros where another is."""
         rows = self.database.run(
             "-- queue.upkeep\nselect rescued, expired, promoted from upkeep_v1(:worker_ids::text[], :reports::text[], :ages::float8[])",
             worker_ids=list(seen),
             reports=[report for _, report in seen.values()],
             ages=[age for age, _ in seen.values()],
         )
-        return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
+        return (rows[0][0], rows[0][1], rows[0][2]) if rows else (0, 0, 0)
+
+    def fold(self) -> bool:
+        """Moves up to 20,000 rows of the ledger into the counters; whether more are left."""
+        return bool(self.database.run("-- queue.fold\nselect fold_v1(20000)")[0][0])
 
     def prepare_partitions(self, retention: timedelta | None) -> None:
-        """Sees to it that the next partitions exist: about eight lie within the retention, a month each where it is forever."""
-        width = max((retention or timedelta(days=240)) / 8, timedelta(days=1))
-        self.database.run(
-            "-- queue.prepare_partitions\nselect add_partitions_v1(:width::interval)", width=f"{width.total_seconds()} seconds"
-        )
+        """Sees to it that the next partitions exist: about eight lie within the retention, a month each where it is forever.
 
-    def retire(self, retention: timedelta) -> str | None:
-        """Takes the oldest partition out where all of it is past the retention. Waits for no lock longer than 100 ms."""
+        Waits for no lock longer than 100 ms: everybody who creates waits behind it.
+        """
+        width = max((retention or timedelta(days=240)) / 8, timedelta(days=1)).total_seconds()
+        self.database.script(f"begin; set local lock_timeout = '100ms'; select add_partitions_v1(interval '{width} seconds'); commit")
+
+    def retire(self, retention: timedelta | None) -> tuple[str | None, list[str]]:
+        """Takes one partition out that is past its time; also names those that had to be left. Waits for no lock longer than 100 ms."""
+        cutoff = "null" if retention is None else f"interval '{retention.total_seconds()} seconds'"
         rows = self.database.script(
-            f"begin; set local lock_timeout = '100ms'; select retire_partition_v1(interval '{retention.total_seconds()} seconds'); commit"
+            f"begin; set local lock_timeout = '100ms'; select retired, left_alone from retire_partition_v1({cutoff}); commit"  # noqa: S608
         )
-        return rows[0][0] if rows else None
+        return (rows[0][0], rows[0][1]) if rows else (None, [])
 
     def clear_retired(self, retention: timedelta) -> bool:
         """One step of clearing what was taken out; False where nothing is left."""
@@ -536,7 +565,7 @@ def _columns(jobs: Sequence[NewJob]) -> dict[str, Any]:
         "lane_nos": lane_nos,
         "owner_refs": [job.owner_ref for job in jobs],
         "inputs": [job.input for job in jobs],
-        "sizes": [len(job.input) for job in jobs],
+        "sizes": [len(job.input) if job.input.isascii() else len(job.input.encode()) for job in jobs],
         "max_attempts": [job.max_attempts or 3 for job in jobs],
         "run_ats": [job.run_at for job in jobs],
         "expires_ats": [job.expires_at for job in jobs],
@@ -581,6 +610,8 @@ PEEK_SECONDS = 0.25
 # After something became ready, the claims look again for this long: the number was handed out before the commit.
 LATE_COMMIT_SECONDS = 1.0
 MAX_REQUESTS_PER_CLAIM = 16
+# Claims that may be under way while all places are taken by waiting ones. The threads left over serve everything else.
+BEYOND_PLACES = 24
 
 
 @attrs.define(eq=False)
@@ -636,6 +667,8 @@ class WaitingRoom:
         """The answer to a claim, after waiting for a job as long as it wished and there is room to wait. Raises a Refusal."""
         ticket = Ticket(request, client_is_gone, time.monotonic() + (request.wait_seconds or 0))
         with self._lock:
+            if len(self._tickets) + sum(map(len, self._finishing.values())) >= self._places + BEYOND_PLACES:
+                raise ServiceFull
             earlier = [other for other in self._tickets if other.parked and other.request.claim_id == request.claim_id]
             self._tickets[ticket] = self._woken[ticket] = None
             self._changed.notify()
@@ -790,21 +823,24 @@ def _batches(tickets: list[Ticket]) -> Iterator[list[Ticket]]:
 # ── Upkeep ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 UPKEEP_SECONDS = 2.0
-PARTITIONS_SECONDS = 600.0
-RETENTION_SECONDS = 60.0
+PARTITIONS_SECONDS = 60.0
+RETENTION_SECONDS = 600.0
 
 
 class Upkeep:
-    """The thread that applies the schema, takes back lapsed leases, folds the ledger, and makes and retires partitions."""
+    """The thread that applies the schema, takes back lapsed leases, folds the ledger, and makes and retires partitions.
+
+    Each of these by itself: where one fails the others go on.
+    """
 
     def __init__(self, queue: Queue, settings: Settings, room: WaitingRoom) -> None:
         self._queue, self._settings, self._room = queue, settings, room
         self._seen: dict[str, tuple[float, str | None]] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._away = False
+        self._failing: set[str] = set()
         self._migrated = not settings.migrate_on_start
-        self._partitions_at = self._retention_at = 0.0
+        self._next = {"partitions": 0.0, "retention": 0.0}
         self._thread = threading.Thread(target=self._work, name="upkeep", daemon=True)
 
     def start(self) -> None:
@@ -824,52 +860,76 @@ class Upkeep:
             known = self._seen.get(worker_id)
             self._seen[worker_id] = (time.monotonic(), report or (known[1] if known else None))
 
-    def write_workers(self) -> None:
-        """Writes down now who was seen."""
+    def settle(self) -> bool:
+        """Takes back, expires, promotes; writes down who was seen. True where there is more to do at once. Raises a Refusal."""
         with self._lock:
             seen, self._seen = self._seen, {}
         now = time.monotonic()
-        done = self._queue.upkeep({worker_id: (now - at, report) for worker_id, (at, report) in seen.items()})
-        if done and any(done):
-            log.info("upkeep_done rescued=%d expired=%d promoted=%d", *done)
+        rescued, expired, promoted = self._queue.upkeep({worker_id: (now - at, report) for worker_id, (at, report) in seen.items()})
+        if rescued or expired or promoted:
+            log.info("upkeep_done rescued=%d expired=%d promoted=%d", rescued, expired, promoted)
             self._room.became_ready()
+        return max(rescued, expired, promoted) >= 1000
 
     def _work(self) -> None:
-        while not self._stopped.wait(UPKEEP_SECONDS):
-            self._round()
+        busy = False
+        while not self._stopped.wait(0.0 if busy else UPKEEP_SECONDS):
+            busy = self._round()
 
-    def _round(self) -> None:
-        try:
-            self._do_what_is_due()
-            if self._away:
-                log.info("database_returned")
-            self._away = False
-        except Refusal as refusal:
-            if not self._away:
-                log.warning("upkeep_waits code=%s", refusal.code)
-            self._away = True
-        except Exception:
-            log.exception("upkeep_failed")
-
-    def _do_what_is_due(self) -> None:
-        now = time.monotonic()
+    def _round(self) -> bool:
         if not self._migrated:
-            migrate(self._queue.database)
-            self._migrated = True
-        if now >= self._partitions_at:
-            self._queue.prepare_partitions(self._settings.retention)
-            self._partitions_at = now + PARTITIONS_SECONDS
-        self.write_workers()
-        if self._settings.retention and now >= self._retention_at:
-            self._retire(self._settings.retention)
+            self._try("migrate", self._migrate)
+        busy = self._try("settle", self.settle)
+        busy |= self._try("fold", self._queue.fold)
+        self._try("partitions", self._prepare_partitions)
+        return self._try("retention", self._retire) or busy
 
-    def _retire(self, retention: timedelta) -> None:
-        """One step; the next one soon where something is left to clear."""
-        self._retention_at = time.monotonic() + RETENTION_SECONDS
-        if retired := self._queue.retire(retention):
+    def _try(self, name: str, act: Callable[[], bool]) -> bool:
+        """Whether there is more to do at once. What fails is logged when it begins and when it ends."""
+        try:
+            busy = act()
+        except Refusal as refusal:
+            if name not in self._failing:
+                log.log(logging.WARNING if refusal.retry_after else logging.ERROR, "upkeep_waits step=%s code=%s", name, refusal.code)
+            self._failing.add(name)
+            return False
+        except Exception:
+            log.exception("upkeep_failed step=%s", name)
+            return False
+        if name in self._failing:
+            self._failing.remove(name)
+            log.info("upkeep_goes_on step=%s", name)
+        return busy
+
+    def _migrate(self) -> bool:
+        migrate(self._queue.database)
+        self._migrated = True
+        return False
+
+    def _is_due(self, name: str, seconds: float) -> bool:
+        if time.monotonic() < self._next[name]:
+            return False
+        self._next[name] = time.monotonic() + seconds
+        return True
+
+    def _prepare_partitions(self) -> bool:
+        if self._migrated and self._is_due("partitions", PARTITIONS_SECONDS):
+            self._queue.prepare_partitions(self._settings.retention)
+        return False
+
+    def _retire(self) -> bool:
+        """One step; the next one at once where something is left to clear."""
+        if not self._is_due("retention", RETENTION_SECONDS):
+            return False
+        retired, left_alone = self._queue.retire(self._settings.retention)
+        if retired:
             log.info("partition_retired name=%s", retired)
-        if self._queue.clear_retired(retention):
-            self._retention_at = 0.0
+        if left_alone:
+            log.warning("partitions_left_alone names=%s reason=too_much_in_them_lives", ",".join(left_alone))
+        more = bool(retired) or (self._settings.retention is not None and self._queue.clear_retired(self._settings.retention))
+        if more:
+            self._next["retention"] = 0.0
+        return False
 
 
 # ── Providers' status ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -909,7 +969,7 @@ STATUS_OF: dict[type[Refusal], int] = {
     UnsupportedMediaType: 415,
     **dict.fromkeys((InvalidState, ClaimLost, JobCancelled, ClaimIdReused, IdempotencyKeyReused), 409),
     **dict.fromkeys((ValidationFailed, TooDeep, TooManyCombinations), 422),
-    **dict.fromkeys((DatabaseUnavailable, DatabaseBusy, SchemaMissing, SchemaOutdated, Draining), 503),
+    **dict.fromkeys((DatabaseUnavailable, DatabaseBusy, SchemaMissing, SchemaOutdated, Draining, ServiceFull), 503),
 }
 
 
@@ -1077,6 +1137,10 @@ class Job(Resource):
         response.status = falcon.HTTP_204
 
 
+# Requests that may put a job back into the queue.
+REQUEUING = (Failure, Release, Retry)
+
+
 class JobVerb(Resource):
     """POST of one verb on one job; answers with the job as it is then."""
 
@@ -1088,7 +1152,7 @@ class JobVerb(Resource):
         body = read_body(self.body(request), self.kind)
         job_id = known_id(job_id)
         done = self.act(job_id, body)
-        self.service.moved([job_id])
+        self.service.moved([job_id], requeued=self.kind in REQUEUING)
         log.debug("job_called path=%s", request.path)
         send(response, done if isinstance(done, str) else done.render())
 
@@ -1109,7 +1173,7 @@ class JobsVerb(Resource):
         outcomes = self.act([job_id for _, job_id, _ in wanted], [body for _, _, body in wanted]) if wanted else []
         for (position, _, _), outcome in zip(wanted, outcomes, strict=True):
             answers[position] |= self._rendered(outcome, report)
-        self.service.moved([job_id for _, job_id, _ in wanted])
+        self.service.moved([job_id for _, job_id, _ in wanted], requeued=self.kind in REQUEUING)
         log.debug("jobs_called path=%s count=%d", request.path, len(wanted))
         send(response, msgspec.json.encode({"jobs": answers}).decode())
 
@@ -1247,14 +1311,15 @@ class Service:
         self.upkeep.stop()
         self.database.close()
 
-    def moved(self, job_ids: Sequence[str]) -> None:
-        """Wakes who waits for these jobs to finish or for one to become ready."""
+    def moved(self, job_ids: Sequence[str], *, requeued: bool) -> None:
+        """Wakes who waits for these jobs to finish, and claims where some may have become ready again."""
         self.room.finished(job_ids)
-        self.room.became_ready()
+        if requeued:
+            self.room.became_ready()
 
     def workers(self) -> str:
         """The workers as a JSON array, each with what it reported."""
-        self.upkeep.write_workers()
+        self.upkeep.settle()
         rows = self.queue.workers()
         heads = (msgspec.json.encode({"worker_id": worker_id, "seen_at": seen_at}).decode()[:-1] for worker_id, seen_at, _ in rows)
         tails = ("," + report.strip()[1:].lstrip() if report and report.strip("{} \t\r\n") else "}" for _, _, report in rows)

@@ -26,18 +26,22 @@
 --
 -- Functions, called by one statement each, hold their plans themselves (`set enable_seqscan = off` and so on: statistics are always behind
 -- on tables that fill and empty). They carry the version of their signature: a later release adds _v2 and leaves _v1 to the
--- release before it. In the order of a job's life: create_jobs, claim_jobs, peek, heartbeat_jobs, complete_jobs, fail_jobs, release_jobs,
+-- release before it. In the order of a job's life: create_jobs, claim_jobs, claimed_texts, peek, heartbeat_jobs, complete_jobs, fail_jobs, release_jobs,
 -- retry_jobs, cancel_job, delete_job, job_texts, pause_jobs, resume_jobs, stats, upkeep, add_partitions, retire_partition, clear_retired.
 --
 -- Advisory locks: 1 claims, one at a time; 2 lanes, shared by whoever queues a job, alone by pause and idling; 3 upkeep, only tried;
--- 4 new lanes, after 2. Rows of held are locked in the order of job_id and before lock 2, rows of idempotency in the order of their key.
+-- 4 new lanes, after 2; 5 partitions, only tried. Rows of held are locked in the order of job_id and before lock 2, rows of idempotency in the order of their key.
 
-create table if not exists schema_version (
+-- The tables of version 1, made once: later versions add to them in blocks of their own, so that applying this file again locks no table.
+do $tables$ begin
+if to_regclass('schema_version') is not null then return; end if;
+
+create table schema_version (
   version int primary key,
   applied_at timestamptz not null default now()
 );
 
-create table if not exists lane (
+create table lane (
   id int generated always as identity constraint lane_is_found_by_id primary key,
   owner_service text not null,
   task_type text not null,
@@ -48,7 +52,7 @@ create table if not exists lane (
   constraint lane_is_unique unique (owner_service, task_type, model_profile, priority)
 );
 
-create table if not exists job (
+create table job (
   id uuid not null,
   lane_id int not null,
   owner_ref text not null,
@@ -62,13 +66,13 @@ create table if not exists job (
   input json not null,
   constraint job_is_found_by_id primary key (id)
 ) partition by range (id);
-create table if not exists job_default partition of job default;
-create index if not exists job_by_lane on job (lane_id, id);
-create index if not exists job_by_owner_ref on job (owner_ref, id);
+create table job_default partition of job default;
+create index job_by_lane on job (lane_id, id);
+create index job_by_owner_ref on job (owner_ref, id);
 
-create sequence if not exists readiness;
+create sequence readiness;
 
-create table if not exists ready (
+create table ready (
   lane_id int not null,
   seq bigint not null default nextval('readiness'),
   job_id uuid not null,
@@ -80,10 +84,10 @@ create table if not exists ready (
   input_bytes int not null,
   constraint ready_is_found_by_lane_in_order primary key (lane_id, seq)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000);
-create unique index if not exists ready_by_job on ready (job_id);
-create index if not exists ready_by_expiry on ready (expires_at) where expires_at is not null;
+create unique index ready_by_job on ready (job_id);
+create index ready_by_expiry on ready (expires_at) where expires_at is not null;
 
-create table if not exists waiting (
+create table waiting (
   job_id uuid constraint waiting_is_found_by_job primary key,
   lane_id int not null,
   run_at timestamptz not null,
@@ -93,11 +97,11 @@ create table if not exists waiting (
   lapsed_claim_id uuid,
   input_bytes int not null
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000);
-create index if not exists waiting_by_run_at on waiting (run_at);
-create index if not exists waiting_by_expiry on waiting (expires_at) where expires_at is not null;
+create index waiting_by_run_at on waiting (run_at);
+create index waiting_by_expiry on waiting (expires_at) where expires_at is not null;
 
 -- The lease is not indexed and pages keep room: a heartbeat is a HOT update.
-create table if not exists held (
+create table held (
   job_id uuid constraint held_is_found_by_job primary key,
   lane_id int not null,
   claim_id uuid not null,
@@ -111,7 +115,7 @@ create table if not exists held (
   progress json
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000);
 
-create table if not exists ended (
+create table ended (
   job_id uuid not null,
   status text not null constraint ending_is_known check (status in ('completed', 'failed', 'cancelled')),
   attempt smallint not null,
@@ -127,14 +131,15 @@ create table if not exists ended (
   result json,
   constraint ended_is_found_by_job primary key (job_id)
 ) partition by range (job_id);
-create table if not exists ended_default partition of ended default;
-create index if not exists ended_without_result on ended (status, job_id) where status <> 'completed';
+create table ended_default partition of ended default;
+create index ended_without_result on ended (status, job_id) where status <> 'completed';
 
-create table if not exists attempt_ended (
+create table attempt_ended (
   job_id uuid not null,
   claim_id uuid not null,
   how text not null constraint attempt_end_is_known check (how in ('fail', 'release', 'lapse', 'cancel', 'retry')),
   attempt smallint not null,
+  started_at timestamptz,
   worker_id text not null,
   category text not null,
   message text not null,
@@ -142,25 +147,25 @@ create table if not exists attempt_ended (
   at timestamptz not null,
   constraint attempt_ended_is_found_by_job_and_claim primary key (job_id, claim_id)
 ) partition by range (job_id);
-create table if not exists attempt_ended_default partition of attempt_ended default;
+create table attempt_ended_default partition of attempt_ended default;
 
-create table if not exists idempotency (
+create table idempotency (
   owner_service text not null,
   key text not null,
   job_id uuid not null,
   constraint key_is_unique_within_its_owner primary key (owner_service, key)
 );
 
-create table if not exists claim (
+create table claim (
   claim_id uuid not null,
   worker_id text not null,
   made_at timestamptz not null,
   job_ids uuid[] not null
 ) partition by range (made_at);
-create table if not exists claim_default partition of claim default;
-create index if not exists claim_by_id on claim (claim_id);
+create table claim_default partition of claim default;
+create index claim_by_id on claim (claim_id);
 
-create table if not exists pause (
+create table pause (
   owner_service text,
   task_type text,
   model_profile text,
@@ -168,7 +173,7 @@ create table if not exists pause (
   constraint pause_names_something check (coalesce(owner_service, task_type, model_profile) is not null)
 );
 
-create table if not exists lane_count (
+create table lane_count (
   lane_id int constraint lane_count_is_found_by_lane primary key,
   ready bigint not null default 0,
   scheduled bigint not null default 0,
@@ -177,7 +182,7 @@ create table if not exists lane_count (
   last_claimed_at timestamptz
 ) with (fillfactor = 50);
 
-create table if not exists tally (
+create table tally (
   at timestamptz not null default now(),
   lane_id int not null,
   event text not null,
@@ -187,14 +192,14 @@ create table if not exists tally (
   running int not null default 0,
   category text,
   seconds_bucket smallint,
-  prompt_tokens bigint,
-  completion_tokens bigint,
-  total_tokens bigint,
+  prompt_tokens numeric,
+  completion_tokens numeric,
+  total_tokens numeric,
   audio_seconds float8
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000);
-create index if not exists tally_by_time on tally (at);
+create index tally_by_time on tally (at);
 
-create table if not exists history (
+create table history (
   span_seconds int not null,
   start_at timestamptz not null,
   owner_service text not null,
@@ -205,26 +210,28 @@ create table if not exists history (
   seconds_bucket smallint not null,
   n bigint not null,
   last_at timestamptz not null,
-  prompt_tokens bigint,
-  completion_tokens bigint,
-  total_tokens bigint,
+  prompt_tokens numeric,
+  completion_tokens numeric,
+  total_tokens numeric,
   audio_seconds float8,
   constraint history_is_found_by_span
     primary key (span_seconds, start_at, owner_service, task_type, model_profile, event, category, seconds_bucket)
 ) with (fillfactor = 70);
 
-create table if not exists worker (
+create table worker (
   worker_id text constraint worker_is_found_by_id primary key,
   seen_at timestamptz not null,
   report json
 ) with (fillfactor = 50);
 
-create table if not exists upkeep_state (
+create table upkeep_state (
   only_row boolean primary key default true constraint there_is_one_row check (only_row),
   folded_at timestamptz not null,
   retiring_after uuid
 );
-insert into upkeep_state (folded_at) values (now()) on conflict do nothing;
+insert into upkeep_state (folded_at) values (now());
+
+end $tables$;
 
 
 -- ── Words that the functions share ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,6 +319,37 @@ end $$;
 
 -- ── Create ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+-- Writes down which job each key stands for, and gives the id of that job: the new one, or the one that exists. Keys go in and are locked in
+-- their order, so that two batches that share some wait for each other instead of deadlocking. The lock keeps a key from being freed meanwhile,
+-- and what is read after it is newer than what was waited for. A key whose job has left by retention is free again.
+create or replace function ids_by_key(owners text[], lane_nos int[], keys text[], ids uuid[]) returns uuid[] language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+declare final_ids uuid[]; complete boolean;
+begin
+  for try in 1 .. 20 loop
+    insert into idempotency (owner_service, key, job_id)
+    select distinct on (owners[u.lane_no], u.key) owners[u.lane_no], u.key, u.id
+    from unnest(ids, keys, lane_nos) with ordinality u (id, key, lane_no, n) where u.key is not null
+    order by owners[u.lane_no], u.key, u.n
+    on conflict do nothing;
+    perform from idempotency i
+    join (select distinct owners[u.lane_no] as owner, u.key from unnest(keys, lane_nos) u (key, lane_no) where u.key is not null) u
+      on i.owner_service = u.owner and i.key = u.key
+    order by i.owner_service, i.key for update of i;
+    update idempotency i set job_id = u.id
+    from (select distinct on (owners[u.lane_no], u.key) owners[u.lane_no] as owner, u.key, u.id
+          from unnest(ids, keys, lane_nos) with ordinality u (id, key, lane_no, n) where u.key is not null
+          order by owners[u.lane_no], u.key, u.n) u
+    where i.owner_service = u.owner and i.key = u.key and i.job_id <> all (ids) and not exists (select from job j where j.id = i.job_id);
+    select array_agg(case when u.key is null then u.id else i.job_id end order by u.n), bool_and(u.key is null or i.job_id is not null)
+    into final_ids, complete
+    from unnest(ids, keys, lane_nos) with ordinality u (id, key, lane_no, n)
+    left join idempotency i on i.owner_service = owners[u.lane_no] and i.key = u.key;
+    if complete then return final_ids; end if;
+  end loop;
+  raise exception 'keys kept being freed' using errcode = 'serialization_failure';
+end $$;
+
 -- One row per job in order: its id, its status, and whether this call made it. A key that exists gives the job it stands for, or AIS01
 -- where owner_ref, task_type or model_profile differ. lane_nos point into the distinct lanes, from 1.
 create or replace function create_jobs_v1(
@@ -321,31 +359,14 @@ create or replace function create_jobs_v1(
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
-  lane_ids int[]; ids uuid[]; final_ids uuid[]; made int; keyed int := cardinality(array_remove(keys, null)); differs text;
+  lane_ids int[]; ids uuid[]; final_ids uuid[]; keyed int := cardinality(array_remove(keys, null)); differs text;
 begin
   perform pg_advisory_xact_lock_shared(lock_key(2));
   lane_ids := lanes_for(owners, types, profiles, priorities);
   ids := array(select uuid_v7(now() + i * interval '1 microsecond') from generate_series(0, cardinality(owner_refs) - 1) i);
   final_ids := ids;
   if keyed > 0 then
-    -- In the order of the key: two batches that share keys wait for each other instead of deadlocking.
-    insert into idempotency (owner_service, key, job_id)
-    select distinct on (owners[u.lane_no], u.key) owners[u.lane_no], u.key, u.id
-    from unnest(ids, keys, lane_nos) with ordinality u (id, key, lane_no, n) where u.key is not null
-    order by owners[u.lane_no], u.key, u.n
-    on conflict do nothing;
-    get diagnostics made = row_count;
-    if made < keyed then
-      -- A key whose job has left by retention is free again.
-      update idempotency i set job_id = u.id
-      from (select distinct on (owners[u.lane_no], u.key) owners[u.lane_no] as owner, u.key, u.id
-            from unnest(ids, keys, lane_nos) with ordinality u (id, key, lane_no, n) where u.key is not null
-            order by owners[u.lane_no], u.key, u.n) u
-      where i.owner_service = u.owner and i.key = u.key and i.job_id <> u.id and not exists (select from job j where j.id = i.job_id);
-      select array_agg(coalesce(i.job_id, u.id) order by u.n) into final_ids
-      from unnest(ids, keys, lane_nos) with ordinality u (id, key, lane_no, n)
-      left join idempotency i on i.owner_service = owners[u.lane_no] and i.key = u.key;
-    end if;
+    final_ids := ids_by_key(owners, lane_nos, keys, ids);
   end if;
 
   with fresh as (
@@ -367,7 +388,7 @@ begin
   select lane_id, 'created', count(*), count(*) filter (where start_at <= now()), count(*) filter (where start_at > now())
   from fresh group by lane_id;
 
-  if made < keyed then
+  if final_ids <> ids then
     select u.key into differs
     from unnest(ids, final_ids, keys, owner_refs, lane_nos) u (id, final_id, key, owner_ref, lane_no)
     join job j on j.id = u.final_id join lane l on l.id = j.lane_id
@@ -403,6 +424,8 @@ begin
   ), now_ready as (
     insert into ready (lane_id, job_id, run_at, expires_at, attempt, releases, lapsed_claim_id, input_bytes)
     select lane_id, job_id, run_at, expires_at, attempt, releases, lapsed_claim_id, input_bytes from due order by run_at, job_id
+  ), awake as (
+    update lane set idle = false where idle and id in (select lane_id from due)
   ), counted as (
     insert into tally (lane_id, event, n, ready, scheduled)
     select lane_id, 'promoted', count(*), count(*), -count(*) from due group by lane_id
@@ -411,38 +434,28 @@ begin
   return moved;
 end $$;
 
--- The jobs that a claim still holds, as the text of a JSON array's inside.
-create or replace function held_texts(of_claim uuid, job_ids uuid[]) returns text language sql volatile as $$
-  select coalesce(string_agg(row_to_json(t)::text, ','), '') from (
-    select h.job_id as id, l.owner_service, j.owner_ref, l.task_type, l.model_profile, l.priority, h.claim_id, h.attempt, j.max_attempts,
-      rfc3339(j.created_at) as created_at, rfc3339(h.run_at) as run_at, rfc3339(j.expires_at) as expires_at,
-      rfc3339(h.lease_expires_at) as lease_expires_at, h.lease_seconds, j.traceparent, j.input
-    from unnest(job_ids) with ordinality c (job_id, n)
-    join held h on h.job_id = c.job_id and h.claim_id = of_claim
-    join job j on j.id = c.job_id
-    join lane l on l.id = h.lane_id
-    order by c.n) t
-$$;
-
 -- Takes jobs for several requests that have the same filters; null as a filter is any. A request is (claim_id, worker_id, lease, limit);
--- of its jobs the second and later ones stop before 16 MB of input. `served` lists owners, the least recently served first; `floors` gives by
--- lane id a seq below which nothing is left, so that a probe need not step over what was consumed.
--- One row per request: 'ok' with the jobs as text, or 'claim_id_reused'; the first row also tells what was taken: lanes with their highest
--- seq, and owners in the order of their last turn.
+-- of its jobs the second and later ones stop before 16 MB of input, of all requests together before 64 MB. `served` lists owners, the least
+-- recently served first; `floors` gives by lane id a seq below which nothing is left, so that a probe need not step over what was consumed.
+-- One row per request: 'ok' with its jobs, or 'claim_id_reused'; the first row that is no repeat also tells what was taken: lanes with their
+-- highest seq, and owners in the order of their last turn. The jobs' texts are read by claimed_texts in a statement of its own: whoever reads
+-- the answer slowly must not hold up the other claims.
 create or replace function claim_jobs_v1(
   profiles text[], types text[], owners text[], served text[], floors bigint[],
   claim_ids uuid[], worker_ids text[], lease_seconds_ float8[], limits int[]
-) returns table (n int, outcome text, jobs text, lane_ids int[], seqs bigint[], owner_order text[]) language plpgsql
+) returns table (n int, outcome text, job_ids uuid[], lane_ids int[], seqs bigint[], owner_order text[]) language plpgsql
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
-  open_requests int[] := '{}'; request int := 1; room int; bytes bigint := 0; want int := 0; got int; share int; owner_count int; level int;
-  pick record; earlier record;
-  jobs_of uuid[]; requests_of int[]; lanes_of int[]; seqs_of bigint[]; owners_of text[];
+  open_requests int[] := '{}'; request int := 1; room int; bytes bigint := 0; all_bytes bigint := 0;
+  want int := 0; got int; share int; owner_count int; level int; claimed_at timestamptz; pick record; earlier record;
+  requests_of int[]; lanes_of int[]; seqs_of bigint[]; owners_of text[];
   all_jobs uuid[] := '{}'; all_requests int[] := '{}'; all_lanes int[] := '{}'; all_seqs bigint[] := '{}';
   turn_order text[] := '{}'; outcomes text[] := '{}';
 begin
   perform pg_advisory_xact_lock(lock_key(1));
+  -- Not now(): that was before the wait for the lock, and a lease begins when it is given.
+  claimed_at := clock_timestamp();
   if exists (select from waiting where run_at <= now()) then perform promote(1000); end if;
 
   -- A claim_id that was used already gets what it still holds.
@@ -453,7 +466,7 @@ begin
     elsif earlier.worker_id <> worker_ids[i] then
       outcomes[i] := 'claim_id_reused';
     else
-      n := i; outcome := 'ok'; jobs := held_texts(claim_ids[i], earlier.job_ids); outcomes[i] := 'repeated';
+      n := i; outcome := 'ok'; job_ids := earlier.job_ids; outcomes[i] := 'repeated';
       return next;
     end if;
   end loop;
@@ -468,16 +481,17 @@ begin
     select count(distinct owner_service) into owner_count from lane where priority = level and not paused and not idle
       and (profiles is null or model_profile = any (profiles)) and (types is null or task_type = any (types))
       and (owners is null or owner_service = any (owners));
+    continue when owner_count = 0;
     loop
       share := ceil(want::numeric / owner_count);
-      jobs_of := '{}'; requests_of := '{}'; lanes_of := '{}'; seqs_of := '{}'; owners_of := '{}';
+      requests_of := '{}'; lanes_of := '{}'; seqs_of := '{}';
       for pick in
         select t.* from (
           select h.*, row_number() over (partition by h.owner_service order by h.seq) as turn from (
-            select l.owner_service, r.lane_id, r.seq, r.job_id, r.input_bytes
+            select l.owner_service, r.lane_id, r.seq, r.input_bytes
             from lane l cross join lateral (
-              select r.lane_id, r.seq, r.job_id, r.input_bytes from ready r
-              where r.lane_id = l.id and r.seq > coalesce(floors[l.id], 0) and (r.expires_at is null or r.expires_at > now())
+              select r.lane_id, r.seq, r.input_bytes from ready r
+              where r.lane_id = l.id and r.seq > coalesce(floors[l.id], 0) and (r.expires_at is null or r.expires_at > claimed_at)
               order by r.seq limit share) r
             where l.priority = level and not l.paused and not l.idle and (profiles is null or l.model_profile = any (profiles))
               and (types is null or l.task_type = any (types)) and (owners is null or l.owner_service = any (owners))) h) t
@@ -489,30 +503,42 @@ begin
           exit when request > cardinality(open_requests);
           room := limits[open_requests[request]];
         end if;
-        jobs_of := jobs_of || pick.job_id; requests_of := requests_of || open_requests[request];
-        lanes_of := lanes_of || pick.lane_id; seqs_of := seqs_of || pick.seq; owners_of := owners_of || pick.owner_service;
-        room := room - 1; bytes := bytes + pick.input_bytes;
+        if all_bytes > 0 and all_bytes + pick.input_bytes > 64 * 1024 * 1024 then
+          request := cardinality(open_requests) + 1;
+          exit;
+        end if;
+        requests_of := requests_of || open_requests[request]; lanes_of := lanes_of || pick.lane_id; seqs_of := seqs_of || pick.seq;
+        room := room - 1; bytes := bytes + pick.input_bytes; all_bytes := all_bytes + pick.input_bytes;
       end loop;
-      got := cardinality(jobs_of);
-      exit when got = 0;
-      with taken as (
-        delete from ready r using unnest(lanes_of, seqs_of, requests_of) u (lane_id, seq, request)
-        where r.lane_id = u.lane_id and r.seq = u.seq returning r.*, u.request
+      exit when cardinality(seqs_of) = 0;
+
+      with chosen as (
+        select * from unnest(lanes_of, seqs_of, requests_of) with ordinality u (lane_id, seq, request, turn)
+      ), taken as (
+        delete from ready r using chosen u where r.lane_id = u.lane_id and r.seq = u.seq returning r.*, u.request, u.turn
       ), now_held as (
         insert into held (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at)
-        select job_id, lane_id, claim_ids[t.request], worker_ids[t.request], attempt + 1, releases, run_at, now(),
-          lease_seconds_[t.request], now() + lease_seconds_[t.request] * interval '1 second' from taken t
+        select job_id, lane_id, claim_ids[t.request], worker_ids[t.request], attempt + 1, releases, run_at, claimed_at,
+          lease_seconds_[t.request], claimed_at + lease_seconds_[t.request] * interval '1 second' from taken t
+      ), counted as (
+        insert into tally (lane_id, event, n, ready, running, seconds_bucket)
+        select lane_id, 'claimed', count(*), -count(*), count(*), seconds_bucket(claimed_at - run_at) from taken
+        group by lane_id, seconds_bucket(claimed_at - run_at)
       )
-      insert into tally (lane_id, event, n, ready, running, seconds_bucket)
-      select lane_id, 'claimed', count(*), -count(*), count(*), seconds_bucket(now() - run_at) from taken
-      group by lane_id, seconds_bucket(now() - run_at);
-      all_jobs := all_jobs || jobs_of; all_requests := all_requests || requests_of;
-      all_lanes := all_lanes || lanes_of; all_seqs := all_seqs || seqs_of;
+      select all_jobs || array_agg(t.job_id order by t.turn), all_requests || array_agg(t.request order by t.turn),
+        all_lanes || array_agg(t.lane_id order by t.turn), all_seqs || array_agg(t.seq order by t.turn), count(*)
+      into all_jobs, all_requests, all_lanes, all_seqs, got from taken t;
       select array_agg(o order by last_turn), count(*) into owners_of, owner_count
-      from (select o, max(i) as last_turn from unnest(owners_of) with ordinality u (o, i) group by o) x;
+      from (select l.owner_service as o, max(u.i) as last_turn from unnest(lanes_of) with ordinality u (lane_id, i)
+            join lane l on l.id = u.lane_id group by l.owner_service) x;
       served := array(select o from unnest(served) o where o <> all (owners_of)) || owners_of;
       turn_order := array(select o from unnest(turn_order) o where o <> all (owners_of)) || owners_of;
       want := want - got;
+      -- Some were cancelled under our hands: whose turn it was asks for more.
+      if got < cardinality(seqs_of) and all_bytes < 48 * 1024 * 1024 then
+        request := least(request, cardinality(open_requests));
+        room := limits[open_requests[request]] - cardinality(array_positions(all_requests, open_requests[request]));
+      end if;
       exit levels when want <= 0 or request > cardinality(open_requests);
     end loop;
   end loop;
@@ -527,11 +553,28 @@ begin
   for i in 1 .. cardinality(claim_ids) loop
     continue when outcomes[i] = 'repeated';
     n := i; outcome := coalesce(outcomes[i], 'ok');
-    jobs := case when outcome = 'ok' then held_texts(claim_ids[i], array(
-      select u.job_id from unnest(all_requests, all_jobs) with ordinality u (request, job_id, k) where u.request = i order by u.k)) end;
+    job_ids := array(select u.job_id from unnest(all_requests, all_jobs) with ordinality u (request, job_id, k) where u.request = i order by u.k);
     return next;
     lane_ids := null; seqs := null; owner_order := null;
   end loop;
+end $$;
+
+-- Of these jobs those that their claim holds: one row per claim that holds any, its jobs as the text of a JSON array's inside.
+create or replace function claimed_texts_v1(claim_ids uuid[], job_ids uuid[]) returns table (claim_id uuid, jobs text) language plpgsql
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+begin
+  return query
+  select t.claim_id, string_agg(row_to_json(t)::text, ',') from (
+    select h.job_id as id, l.owner_service, j.owner_ref, l.task_type, l.model_profile, l.priority, h.claim_id, h.attempt, j.max_attempts,
+      rfc3339(j.created_at) as created_at, rfc3339(h.run_at) as run_at, rfc3339(j.expires_at) as expires_at,
+      rfc3339(h.lease_expires_at) as lease_expires_at, h.lease_seconds, j.traceparent, j.input
+    from unnest(claim_ids, job_ids) with ordinality c (claim_id, job_id, n)
+    join held h on h.job_id = c.job_id and h.claim_id = c.claim_id
+    join job j on j.id = c.job_id
+    join lane l on l.id = h.lane_id
+    order by c.n) t
+  group by t.claim_id;
 end $$;
 
 -- What a process with parked requests asks a few times a second: has anything become ready, and which of these jobs have finished.
@@ -553,9 +596,10 @@ begin
     from (select * from unnest(job_ids, claim_ids, lease_seconds_, progresses) with ordinality u (job_id, claim_id, lease, progress, n)
           order by u.job_id) u
     where h.job_id = u.job_id and h.claim_id = u.claim_id
-    returning u.n, rfc3339(h.lease_expires_at) as until, h.lease_seconds, h.worker_id)
-  select u.n, case when b.n is null then late_outcome(u.job_id, u.claim_id, 'heartbeat') else 'ok' end, b.until, b.lease_seconds, b.worker_id
-  from unnest(job_ids, claim_ids) with ordinality u (job_id, claim_id, n) left join beat b on b.n = u.n order by u.n;
+    returning h.job_id, h.claim_id, rfc3339(h.lease_expires_at) as until, h.lease_seconds, h.worker_id)
+  select u.n, case when b.job_id is null then late_outcome(u.job_id, u.claim_id, 'heartbeat') else 'ok' end, b.until, b.lease_seconds, b.worker_id
+  from unnest(job_ids, claim_ids) with ordinality u (job_id, claim_id, n)
+  left join beat b on b.job_id = u.job_id and b.claim_id = u.claim_id order by u.n;
 end $$;
 
 
@@ -573,36 +617,42 @@ begin
   return 'claim_lost';
 end $$;
 
--- A completion after the lease ran out counts while nobody has claimed the job since.
+-- A completion after the lease ran out counts while nobody has claimed the job since. Where the job moves while this looks, it looks again.
 create or replace function complete_late(
-  of_job uuid, of_claim uuid, its_result text, its_usage text, prompt bigint, completion bigint, total bigint, audio float8
+  of_job uuid, of_claim uuid, its_result text, its_usage text, prompt numeric, completion numeric, total numeric, audio float8
 ) returns text language plpgsql as $$
 declare lapsed attempt_ended; back record; was text;
 begin
   select * into lapsed from attempt_ended where job_id = of_job and claim_id = of_claim and how = 'lapse';
   if not found then return late_outcome(of_job, of_claim, 'complete'); end if;
-  delete from ready where job_id = of_job and lapsed_claim_id = of_claim returning lane_id, run_at into back;
-  was := 'ready';
-  if not found then
-    delete from waiting where job_id = of_job and lapsed_claim_id = of_claim returning lane_id, run_at into back;
-    was := 'waiting';
-  end if;
-  if not found then
-    delete from ended e using job j where e.job_id = of_job and e.claim_id = of_claim and e.status = 'failed' and j.id = of_job
-    returning j.lane_id, e.run_at into back;
-    was := 'ended';
-  end if;
-  if not found then return late_outcome(of_job, of_claim, 'complete'); end if;
-  delete from attempt_ended where job_id = of_job and claim_id = of_claim;
-  insert into ended (job_id, status, attempt, claim_id, worker_id, run_at, finished_at, usage, result)
-  values (of_job, 'completed', lapsed.attempt, of_claim, lapsed.worker_id, back.run_at, now(), its_usage::json, its_result::json);
-  insert into tally (lane_id, event, n, ready, scheduled, prompt_tokens, completion_tokens, total_tokens, audio_seconds)
-  values (back.lane_id, 'completed', 1, -(was = 'ready')::int, -(was = 'waiting')::int, prompt, completion, total, audio);
-  return 'ok';
+  for try in 1 .. 5 loop
+    was := 'ready';
+    delete from ready where job_id = of_job and lapsed_claim_id = of_claim returning lane_id, run_at into back;
+    if not found then
+      was := 'waiting';
+      delete from waiting where job_id = of_job and lapsed_claim_id = of_claim returning lane_id, run_at into back;
+    end if;
+    if not found then
+      was := 'ended';
+      delete from ended e using job j where e.job_id = of_job and e.claim_id = of_claim and e.status = 'failed' and j.id = of_job
+      returning j.lane_id, e.run_at into back;
+    end if;
+    if found then
+      delete from attempt_ended where job_id = of_job and claim_id = of_claim;
+      insert into ended (job_id, status, attempt, claim_id, worker_id, run_at, started_at, finished_at, usage, result)
+      values (of_job, 'completed', lapsed.attempt, of_claim, lapsed.worker_id, back.run_at, lapsed.started_at, now(), its_usage::json, its_result::json);
+      insert into tally (lane_id, event, n, ready, scheduled, prompt_tokens, completion_tokens, total_tokens, audio_seconds)
+      values (back.lane_id, 'completed', 1, -(was = 'ready')::int, -(was = 'waiting')::int, prompt, completion, total, audio);
+      return 'ok';
+    end if;
+    exit when exists (select from held where job_id = of_job) or exists (select from ended where job_id = of_job and status <> 'failed')
+      or not exists (select from job where id = of_job);
+  end loop;
+  return late_outcome(of_job, of_claim, 'complete');
 end $$;
 
 create or replace function complete_jobs_v1(
-  job_ids uuid[], claim_ids uuid[], results text[], usages text[], prompts bigint[], completions bigint[], totals bigint[], audios float8[]
+  job_ids uuid[], claim_ids uuid[], results text[], usages text[], prompts numeric[], completions numeric[], totals numeric[], audios float8[]
 ) returns table (n bigint, outcome text) language plpgsql
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
@@ -624,17 +674,19 @@ begin
   )
   select array_agg(n) into done from taken;
   return query
-  select u.n, case when u.n = any (done) then 'ok'
-    else complete_late(u.job_id, u.claim_id, u.result, u.usage, u.prompt, u.completion, u.total, u.audio) end
-  from unnest(job_ids, claim_ids, results, usages, prompts, completions, totals, audios)
-    with ordinality u (job_id, claim_id, result, usage, prompt, completion, total, audio, n) order by u.n;
+  with outcomes as materialized (
+    select u.n, case when u.n = any (done) then 'ok'
+      else complete_late(u.job_id, u.claim_id, u.result, u.usage, u.prompt, u.completion, u.total, u.audio) end as outcome
+    from (select * from unnest(job_ids, claim_ids, results, usages, prompts, completions, totals, audios)
+            with ordinality u (job_id, claim_id, result, usage, prompt, completion, total, audio, n) order by u.job_id, u.n) u)
+  select o.n, o.outcome from outcomes o order by o.n;
 end $$;
 
 -- Ends attempts that did not complete: how is fail, release or lapse. With attempts left the job goes back, else it has failed.
 -- Returns the positions of those that their claim still held.
 create or replace function end_attempts(
   how_ text, job_ids uuid[], claim_ids uuid[], categories text[], messages text[], retryables boolean[], delays float8[],
-  usages text[], prompts bigint[], completions bigint[], totals bigint[], audios float8[]
+  usages text[], prompts numeric[], completions numeric[], totals numeric[], audios float8[]
 ) returns bigint[] language plpgsql set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare done bigint[]; back_jobs uuid[]; back_at timestamptz[]; back_attempts int[]; back_releases int[]; back_claims uuid[];
@@ -652,8 +704,8 @@ begin
       now() + coalesce(t.delay * interval '1 second', case how_ when 'fail' then backoff(t.attempt) else interval '0' end) as next_at
     from taken t join job j on j.id = t.job_id
   ), remembered as (
-    insert into attempt_ended (job_id, claim_id, how, attempt, worker_id, category, message, usage, at)
-    select job_id, claim_id, how_, attempt, worker_id, category, left(message, 4000), usage::json, now() from judged
+    insert into attempt_ended (job_id, claim_id, how, attempt, started_at, worker_id, category, message, usage, at)
+    select job_id, claim_id, how_, attempt, started_at, worker_id, category, left(message, 4000), usage::json, now() from judged
     on conflict do nothing
   ), endings as (
     insert into ended (job_id, status, attempt, claim_id, worker_id, run_at, started_at, finished_at, error_category, error_message, progress, usage)
@@ -678,7 +730,7 @@ end $$;
 
 create or replace function fail_jobs_v1(
   job_ids uuid[], claim_ids uuid[], categories text[], messages text[], retryables boolean[], delays float8[],
-  usages text[], prompts bigint[], completions bigint[], totals bigint[], audios float8[]
+  usages text[], prompts numeric[], completions numeric[], totals numeric[], audios float8[]
 ) returns table (n bigint, outcome text) language plpgsql
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare done bigint[] := end_attempts('fail', job_ids, claim_ids, categories, messages, retryables, delays, usages, prompts, completions, totals, audios);
@@ -740,11 +792,11 @@ declare gone record; state text;
 begin
   for try in 1 .. 20 loop
     delete from ready where job_id = of_job
-      returning lane_id, attempt, run_at, null::timestamptz as started_at, null::uuid as claim_id, null::text as worker_id, null::json as progress,
+      returning lane_id, attempt, run_at, null::timestamptz as started_at, lapsed_claim_id as claim_id, null::text as worker_id, null::json as progress,
         1 as ready, 0 as scheduled, 0 as running into gone;
     if not found then
       delete from waiting where job_id = of_job
-        returning lane_id, attempt, run_at, null::timestamptz as started_at, null::uuid as claim_id, null::text as worker_id, null::json as progress,
+        returning lane_id, attempt, run_at, null::timestamptz as started_at, lapsed_claim_id as claim_id, null::text as worker_id, null::json as progress,
           0 as ready, 1 as scheduled, 0 as running into gone;
     end if;
     if not found then
@@ -756,7 +808,7 @@ begin
       values (of_job, 'cancelled', gone.attempt, gone.claim_id, gone.worker_id, gone.run_at, gone.started_at, now(), 'cancelled', left(reason, 4000), gone.progress);
       insert into attempt_ended (job_id, claim_id, how, attempt, worker_id, category, message, at)
       select of_job, gone.claim_id, 'cancel', gone.attempt, gone.worker_id, 'cancelled', left(reason, 4000), now()
-      where gone.claim_id is not null on conflict do nothing;
+      where gone.running = 1 on conflict do nothing;
       insert into tally (lane_id, event, n, ready, scheduled, running) values (gone.lane_id, 'cancelled', 1, -gone.ready, -gone.scheduled, -gone.running);
       return 'ok';
     end if;
@@ -777,7 +829,7 @@ begin
   end if;
   delete from attempt_ended where job_id = of_job;
   delete from idempotency i using job j, lane l
-  where j.id = of_job and l.id = j.lane_id and i.owner_service = l.owner_service and i.key = j.idempotency_key;
+  where j.id = of_job and l.id = j.lane_id and i.owner_service = l.owner_service and i.key = j.idempotency_key and i.job_id = of_job;
   delete from job where id = of_job;
   return 'ok';
 end $$;
@@ -817,7 +869,9 @@ end $$;
 -- ── Pause and stats ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- Pauses every combination of what is named; a part that is not named is any. Lanes made later are paused by the same rules.
-create or replace function pause_jobs_v1(owners text[], types text[], profiles text[]) returns text language plpgsql as $$
+-- Who queues a job waits behind this: so it does not wait long itself.
+create or replace function pause_jobs_v1(owners text[], types text[], profiles text[]) returns text language plpgsql
+set lock_timeout = '500ms' as $$
 begin
   perform pg_advisory_xact_lock(lock_key(2));
   insert into pause (owner_service, task_type, model_profile)
@@ -827,7 +881,8 @@ begin
 end $$;
 
 -- Lifts every rule that lies within what is named.
-create or replace function resume_jobs_v1(owners text[], types text[], profiles text[]) returns text language plpgsql as $$
+create or replace function resume_jobs_v1(owners text[], types text[], profiles text[]) returns text language plpgsql
+set lock_timeout = '500ms' as $$
 begin
   perform pg_advisory_xact_lock(lock_key(2));
   delete from pause where (owners is null or owner_service = any (owners)) and (types is null or task_type = any (types))
@@ -951,18 +1006,21 @@ begin
 end $$;
 
 -- Moves the ledger into the counters. A row becomes visible at its commit but carries the time of its start: the search begins a minute
--- before the last fold, which is more than a statement may take, and steps over nothing older.
-create or replace function fold() returns void language plpgsql
+-- before the last fold, which is more than a statement may take, and steps over nothing older. True where more is left.
+create or replace function fold_v1(at_most int) returns boolean language plpgsql
 set enable_seqscan = off as $$
+declare rows_folded int; last_at timestamptz;
 begin
+  if not pg_try_advisory_xact_lock(lock_key(3)) then return false; end if;
   with gone as (
-    delete from tally where at > (select folded_at from upkeep_state) - interval '1 minute' returning *
+    delete from tally where ctid = any (array(
+      select ctid from tally where at > (select folded_at from upkeep_state) - interval '1 minute' order by at limit at_most)) returning *
   ), counts as (
     insert into lane_count as c (lane_id, ready, scheduled, running, moved_at, last_claimed_at)
     select lane_id, sum(ready), sum(scheduled), sum(running), max(at), max(at) filter (where event = 'claimed') from gone group by lane_id
     on conflict (lane_id) do update set ready = c.ready + excluded.ready, scheduled = c.scheduled + excluded.scheduled,
       running = c.running + excluded.running, moved_at = excluded.moved_at, last_claimed_at = coalesce(excluded.last_claimed_at, c.last_claimed_at)
-  )
+  ), buckets as (
   insert into history as h (span_seconds, start_at, owner_service, task_type, model_profile, event, category, seconds_bucket, n, last_at,
     prompt_tokens, completion_tokens, total_tokens, audio_seconds)
   select s, to_timestamp(floor(extract(epoch from g.at) / s) * s), l.owner_service, l.task_type, l.model_profile, g.event, coalesce(g.category, ''),
@@ -976,10 +1034,13 @@ begin
     prompt_tokens = coalesce(h.prompt_tokens + excluded.prompt_tokens, h.prompt_tokens, excluded.prompt_tokens),
     completion_tokens = coalesce(h.completion_tokens + excluded.completion_tokens, h.completion_tokens, excluded.completion_tokens),
     total_tokens = coalesce(h.total_tokens + excluded.total_tokens, h.total_tokens, excluded.total_tokens),
-    audio_seconds = coalesce(h.audio_seconds + excluded.audio_seconds, h.audio_seconds, excluded.audio_seconds);
-  update upkeep_state set folded_at = now();
+    audio_seconds = coalesce(h.audio_seconds + excluded.audio_seconds, h.audio_seconds, excluded.audio_seconds)
+  )
+  select count(*), max(at) into rows_folded, last_at from gone;
+  update upkeep_state set folded_at = case when rows_folded < at_most then now() else last_at end;
   delete from history where (span_seconds = 300 and start_at < now() - interval '2 hours')
     or (span_seconds = 3600 and start_at < now() - interval '26 hours') or (span_seconds = 21600 and start_at < now() - interval '8 days');
+  return rows_folded = at_most;
 end $$;
 
 -- Lanes without a job for ten minutes are left out of claims and of the cap on combinations until they are used again.
@@ -990,7 +1051,8 @@ begin
   if not pg_try_advisory_xact_lock(lock_key(2)) then return; end if;
   update lane l set idle = true from lane_count c
   where c.lane_id = l.id and not l.idle and c.moved_at < now() - interval '10 minutes' and (c.ready, c.scheduled, c.running) = (0, 0, 0)
-    and not exists (select from ready r where r.lane_id = l.id) and not exists (select from tally t where t.lane_id = l.id);
+    and not exists (select from ready r where r.lane_id = l.id) and not exists (select from tally t where t.lane_id = l.id)
+    and not exists (select from held h where h.lane_id = l.id) and not exists (select from waiting w where w.lane_id = l.id);
 end $$;
 
 -- What every process calls every two seconds; one of them does the work. Bounded: what is left over waits for the next call.
@@ -1002,28 +1064,25 @@ begin
   on conflict (worker_id) do update set seen_at = greatest(w.seen_at, excluded.seen_at), report = coalesce(excluded.report, w.report);
   if not pg_try_advisory_xact_lock(lock_key(3)) then return; end if;
   rescued := rescue(1000); expired := expire(1000); promoted := promote(1000);
-  perform fold();
   perform idle_lanes();
   delete from worker where seen_at < now() - interval '5 minutes';
   return next;
 end $$;
 
-create or replace function fold_v1() returns void language plpgsql as $$
-begin
-  if pg_try_advisory_xact_lock(lock_key(3)) then perform fold(); end if;
-end $$;
-
 -- Partitions for what comes: job, ended and attempt_ended by id with the same borders, claim by day; the name ends with the border in seconds.
--- Where rows lie in a default partition beyond the last border (the service was away), the next partition begins a minute from now and they stay.
+-- Made while half of the last one is still to come. Where rows lie in a default partition beyond the last border (the service was away, or the
+-- clock went back), the next partition begins a minute after them and they stay. The caller sets a short lock_timeout.
 create or replace function add_partition(parents text[], width interval) returns void language plpgsql as $$
-declare last_end timestamptz; first_at timestamptz; strays boolean; by_id boolean := parents <> array['claim']; parent text;
+declare last_end timestamptz; first_at timestamptz; stray timestamptz; by_id boolean := parents <> array['claim']; parent text;
 begin
-  select max(border) into last_end from partition_borders(parents[1]);
+  select max(b.border) into last_end from partition_borders(parents[1]) b;
   if last_end > now() + width / 2 then return; end if;
   first_at := coalesce(last_end, date_trunc('second', now()));
-  execute format('select exists (select from %I where %I >= %L)', parents[1] || '_default', case when by_id then 'id' else 'made_at' end,
-    case when by_id then uuid_v7_floor(first_at)::text else first_at::text end) into strays;
-  if strays then first_at := date_trunc('second', now()) + interval '1 minute'; end if;
+  execute format('select %s from %I where %I >= %L order by %3$I desc limit 1',
+    case when by_id then $e$to_timestamp(('x' || substr(replace(id::text, '-', ''), 1, 12))::bit(48)::bigint / 1000.0)$e$ else 'made_at' end,
+    parents[1] || '_default', case when by_id then 'id' else 'made_at' end,
+    case when by_id then uuid_v7_floor(first_at)::text else first_at::text end) into stray;
+  if stray is not null then first_at := date_trunc('second', greatest(first_at, stray, now())) + interval '1 minute'; end if;
   last_end := date_trunc('second', greatest(first_at, now()) + width);
   foreach parent in array parents loop
     execute format('create table %I partition of %I for values from (%L) to (%L)', parent || '_' || extract(epoch from last_end)::bigint, parent,
@@ -1039,31 +1098,64 @@ $$;
 
 create or replace function add_partitions_v1(width interval) returns void language plpgsql as $$
 begin
-  if not pg_try_advisory_xact_lock(lock_key(3)) then return; end if;
+  if not pg_try_advisory_xact_lock(lock_key(5)) then return; end if;
   perform add_partition(array['job', 'ended', 'attempt_ended'], width);
   perform add_partition(array['claim'], interval '1 day');
 end $$;
 
 -- Detaches the oldest partition that lies wholly before the cutoff, and puts back (into the default partition) what must stay: jobs that live
--- or finished after it. The caller sets a short lock_timeout: a claim never waits behind this for long. More than 5,000 to keep: not yet.
-create or replace function retire_partition_v1(retention interval) returns text language plpgsql as $$
-declare old text; cutoff timestamptz := now() - retention; keep uuid[]; part text;
+-- or finished after it. Tells which it was, and which ones had to be left since too much in them must stay: more than 5,000 jobs or 64 MB. The
+-- caller sets a short lock_timeout: nobody waits behind this for long. First nothing may end in that partition any more, then it is searched,
+-- and only then the parents are locked: what has moved by then stands in ready, waiting or held.
+create or replace function retire_partition_v1(retention interval) returns table (retired text, left_alone text[]) language plpgsql as $$
+#variable_conflict use_column
+declare old text; border_ timestamptz; cutoff timestamptz := now() - retention; keep uuid[]; part text; bytes bigint;
 begin
-  if not pg_try_advisory_xact_lock(lock_key(3)) then return null; end if;
-  select b.name into old from partition_borders('claim') b where b.border < now() - interval '2 days' order by border limit 1;
-  if found then execute format('drop table %I', old); return old; end if;
-  select substring(name from '_(\d+)$') into old from partition_borders('job') where border < cutoff order by border limit 1;
-  if not found then return null; end if;
-  execute format('select array(select id from job_%1$s j where exists (select from ready where job_id = j.id) or exists (select from waiting where job_id = j.id)
-    or exists (select from held where job_id = j.id) or exists (select from ended_%1$s where job_id = j.id and finished_at > $1) limit 5001)', old)
-    into keep using cutoff;
-  if cardinality(keep) > 5000 then return null; end if;
-  foreach part in array array['job', 'ended', 'attempt_ended'] loop
-    execute format('alter table %I detach partition %I', part, part || '_' || old);
-    execute format('insert into %I select * from %I where %I = any ($1)', part, part || '_' || old, case part when 'job' then 'id' else 'job_id' end) using keep;
-    execute format('alter table %I rename to %I', part || '_' || old, 'retired_' || part || '_' || old);
+  left_alone := '{}';
+  if not pg_try_advisory_xact_lock(lock_key(5)) then return; end if;
+  select b.name into retired from partition_borders('claim') b where b.border < now() - interval '2 days' order by b.border limit 1;
+  if found then
+    execute format('drop table %I', retired);
+    return next;
+    return;
+  end if;
+  for old, border_ in
+    select substring(b.name from '_(\d+)$'), b.border from partition_borders('job') b where b.border < cutoff order by b.border
+  loop
+    execute format('lock table %I in share mode', 'ended_' || old);
+    keep := living_in('job_' || old, border_, 5001);
+    if cardinality(keep) <= 5000 then
+      execute format('select $1 || array(select job_id from %I where finished_at > $2 limit 5001)', 'ended_' || old) into keep using keep, cutoff;
+      execute format('select coalesce(sum(j.input_bytes), 0) + coalesce(sum(pg_column_size(e.result)), 0) from %I j left join %I e on e.job_id = j.id
+        where j.id = any ($1)', 'job_' || old, 'ended_' || old) into bytes using keep;
+    end if;
+    if cardinality(keep) > 5000 or bytes > 64 * 1024 * 1024 then
+      left_alone := left_alone || ('job_' || old);
+      continue;
+    end if;
+    lock table job, ended, attempt_ended in access exclusive mode;
+    keep := keep || living_in('job_' || old, border_, 10000);
+    foreach part in array array['job', 'ended', 'attempt_ended'] loop
+      execute format('alter table %I detach partition %I', part, part || '_' || old);
+      execute format('insert into %I select * from %I where %I = any ($1)', part, part || '_' || old, case part when 'job' then 'id' else 'job_id' end) using keep;
+      execute format('alter table %I rename to %I', part || '_' || old, 'retired_' || part || '_' || old);
+    end loop;
+    retired := 'job_' || old;
+    exit;
   end loop;
-  return 'job_' || old;
+  return next;
+end $$;
+
+-- Jobs of a partition that have not ended, at most so many.
+create or replace function living_in(part text, border timestamptz, at_most int) returns uuid[] language plpgsql as $$
+declare found_ids uuid[];
+begin
+  execute format('select array(
+    select l.job_id from (
+      select job_id from ready where job_id < $1 union all select job_id from waiting where job_id < $1
+      union all select job_id from held where job_id < $1) l
+    where exists (select from %I j where j.id = l.job_id) limit $2)', part) into found_ids using uuid_v7_floor(border), at_most;
+  return found_ids;
 end $$;
 
 -- Frees the keys of a detached partition, so many at a time, and drops it when none is left; then clears what is past the cutoff in the default
@@ -1071,7 +1163,7 @@ end $$;
 create or replace function clear_retired_v1(retention interval, at_most int) returns boolean language plpgsql as $$
 declare old text; batch record; gone uuid[];
 begin
-  if not pg_try_advisory_xact_lock(lock_key(3)) then return false; end if;
+  if not pg_try_advisory_xact_lock(lock_key(5)) then return false; end if;
   select substring(tablename from '_(\d+)$') into old from pg_tables
   where schemaname = current_schema() and tablename ~ '^retired_job_\d+$' order by tablename limit 1;
   if found then

@@ -1,17 +1,19 @@
 """schema.sql by itself: applied by many at once, kept while older processes serve, partitioned, retired; and the ledger behind stats."""
 
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
-from postgres import fresh_schema
+from postgres import connect, fresh_schema
 from service import running_service, wait_until
 
 from ai_database import SCHEMA_VERSION, Database, migrate, schema_version
 from ai_database_url import read_database_url
-from ai_requests import ClaimRequest, Completion, NewJob, SchemaMissing
+from ai_requests import ClaimRequest, Completion, DatabaseBusy, Heartbeat, NewJob, SchemaMissing
 from ai_service import Claimed, Queue
 
 
@@ -121,7 +123,7 @@ def short_partition(queue: Queue) -> None:
 
 
 def retired(queue: Queue) -> str | None:
-    return queue.retire(timedelta(milliseconds=1))
+    return queue.retire(timedelta(milliseconds=1))[0]
 
 
 def test_retention_drops_a_whole_partition_and_frees_its_keys(queue: Queue) -> None:
@@ -196,7 +198,7 @@ def test_the_time_the_service_was_away_lies_in_the_default_partition(queue: Queu
 def test_the_ledger_is_empty_after_a_fold_and_counts_what_is_there(queue: Queue) -> None:
     life(queue, [new_job(n) for n in range(7)])
     queue.create([new_job(n) for n in range(3)])
-    queue.upkeep({})
+    queue.fold()
     assert rows(queue.database, "select count(*) from tally") == [[0]]
     assert rows(queue.database, "select ready, scheduled, running from lane_count") == [[3, 0, 0]]
     assert rows(queue.database, "select event, sum(n)::int from history where span_seconds = 300 group by event order by event") == [
@@ -207,15 +209,15 @@ def test_the_ledger_is_empty_after_a_fold_and_counts_what_is_there(queue: Queue)
 
 def test_a_ledger_row_that_becomes_visible_late_is_counted(queue: Queue) -> None:
     queue.create([new_job()])
-    queue.upkeep({})
+    queue.fold()
     queue.database.run("insert into tally (at, lane_id, event, n, ready) values (now() - interval '40 seconds', 1, 'created', 1, 1)")
-    queue.upkeep({})
+    queue.fold()
     assert rows(queue.database, "select ready from lane_count") == [[2]]
 
 
 def test_lanes_without_a_job_fall_idle_and_wake_with_the_next(queue: Queue) -> None:
     life(queue, [new_job()])
-    queue.upkeep({})
+    queue.fold()
     queue.database.run("update lane_count set moved_at = now() - interval '1 hour'")
     queue.upkeep({})
     assert rows(queue.database, "select idle from lane") == [[True]]
@@ -226,7 +228,7 @@ def test_lanes_without_a_job_fall_idle_and_wake_with_the_next(queue: Queue) -> N
 def test_a_retry_wakes_an_idle_lane(queue: Queue) -> None:
     [made] = queue.create([new_job()])
     queue.cancel(made.id, "")
-    queue.upkeep({})
+    queue.fold()
     queue.database.run("update lane_count set moved_at = now() - interval '1 hour'")
     queue.upkeep({})
     queue.retry_one(made.id, ["cancelled"])
@@ -251,4 +253,182 @@ def test_rescue_is_bounded_per_call(queue: Queue) -> None:
     for _ in range(2):
         queue.claim([ClaimRequest("worker", limit=1000, claim_id=str(uuid.uuid4()))])
     queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
-    assert [(queue.upkeep({}) or (0,))[0] for _ in range(3)] == [1000, 500, 0]
+    assert [queue.upkeep({})[0] for _ in range(3)] == [1000, 500, 0]
+
+
+def test_a_reader_that_holds_the_tables_stops_neither_upkeep_nor_creates(queue: Queue, postgres_url: str) -> None:
+    life(queue, [new_job()])
+    with closing(connect(postgres_url, queue.database.schema)) as reader:
+        reader.run("begin")
+        reader.run("select count(*) from job, ended, attempt_ended, claim")
+        start = time.monotonic()
+        with pytest.raises(DatabaseBusy):
+            queue.prepare_partitions(timedelta(days=30))
+        assert time.monotonic() - start < 2
+        assert queue.create([new_job()])[0].created
+    queue.prepare_partitions(timedelta(days=30))
+
+
+def test_what_comes_back_to_life_while_a_partition_is_retired_is_kept(queue: Queue, postgres_url: str) -> None:
+    """A retry that was answered before the partition left, and one that had to wait for it."""
+    short_partition(queue)
+    ids = [made.id for made in queue.create([new_job(n) for n in range(3)])]
+    for each in ids:
+        queue.cancel(each, "")
+    wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
+    queue.retry_one(ids[0], ["cancelled"])
+    with closing(connect(postgres_url, queue.database.schema)) as other, ThreadPoolExecutor(1) as threads:
+        other.run("begin")
+        other.run("select retired from retire_partition_v1(interval '1 millisecond')")
+        retried = threads.submit(queue.retry, [ids[1]], ["cancelled"])
+        wait_until(lambda: other.run("select count(*) from pg_locks where not granted") != [[0]])
+        other.run("commit")
+        assert retried.result(10) == ["job_not_found"], "it waited, and the job had left by then"
+    assert [job is not None for job in queue.get_many(ids)] == [True, False, False]
+    [claimed] = queue.claim([ClaimRequest("worker", limit=5, claim_id=str(uuid.uuid4()))])
+    assert isinstance(claimed, Claimed)
+    assert claimed.jobs.count('"id"') == 1
+    assert rows(queue.database, "select count(*) from held") == [[1]]
+
+
+def test_one_full_partition_does_not_keep_the_next_from_leaving(queue: Queue) -> None:
+    short_partition(queue)
+    queue.create([new_job(n) for n in range(5001)])
+    wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
+    short_partition(queue)
+    wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
+    retired_one, left_alone = queue.retire(timedelta(milliseconds=1))
+    assert retired_one
+    assert len(left_alone) == 1
+    assert retired_one != left_alone[0]
+
+
+def test_claim_partitions_leave_even_where_jobs_stay_for_ever(queue: Queue) -> None:
+    queue.database.run("select add_partition(array['claim'], interval '1 day')")
+    [[name]] = rows(queue.database, "select name from partition_borders('claim')")
+    queue.database.run(f"alter table {name} rename to claim_1000000000")
+    assert queue.retire(None) == ("claim_1000000000", [])
+
+
+def test_a_key_that_is_freed_while_it_is_looked_up_stands_for_the_new_job(queue: Queue, postgres_url: str) -> None:
+    [old] = queue.create([new_job(idempotency_key="key")])
+    queue.cancel(old.id, "")
+    with closing(connect(postgres_url, queue.database.schema)) as other, ThreadPoolExecutor(1) as threads:
+        other.run("begin")
+        other.run("select delete_job_v1(:id::uuid)", id=old.id)
+        creating = threads.submit(queue.create, [new_job(idempotency_key="key")])
+        wait_until(lambda: other.run("select count(*) from pg_locks where not granted") != [[0]])
+        other.run("commit")
+        [made] = creating.result(10)
+    assert made.created
+    assert queue.create([new_job(idempotency_key="key")])[0].id == made.id
+
+
+def test_many_creates_with_the_key_of_a_job_that_has_left_make_one(queue: Queue) -> None:
+    for number in range(20):
+        queue.database.run(
+            "insert into idempotency (owner_service, key, job_id) values ('owner', :key, gen_random_uuid())", key=f"key-{number}"
+        )
+        with ThreadPoolExecutor(4) as threads:
+            made = list(threads.map(lambda _, n=number: queue.create([new_job(idempotency_key=f"key-{n}")])[0], range(4)))
+        assert len({each.id for each in made}) == 1
+        assert [each.created for each in made].count(True) == 1
+
+
+def test_absurd_usage_does_not_stop_the_counting(queue: Queue) -> None:
+    queue.create([new_job()])
+    queue.database.run(
+        "insert into tally (lane_id, event, n, prompt_tokens, audio_seconds) "
+        "select 1, 'completed', 1, 1e15, 1e12 from generate_series(1, 20000)"
+    )
+    while queue.fold():
+        pass
+    assert '"prompt_tokens" : 20000000000000000000' in queue.stats(3600)
+
+
+def test_the_ledger_is_folded_in_portions(queue: Queue) -> None:
+    queue.create([new_job()])
+    queue.database.run("insert into tally (lane_id, event, n, ready) select 1, 'queued', 1, 1 from generate_series(1, 45000)")
+    assert [queue.fold() for _ in range(4)] == [True, True, False, False]
+    assert rows(queue.database, "select ready from lane_count") == [[45001]]
+
+
+def test_applying_the_schema_again_waits_for_no_writer(queue: Queue, postgres_url: str) -> None:
+    with closing(connect(postgres_url, queue.database.schema)) as writer:
+        writer.run("begin")
+        writer.run("lock table lane, job, ready, waiting, held, ended, attempt_ended, idempotency, claim, tally in row exclusive mode")
+        queue.database.run("delete from schema_version")
+        migrate(queue.database)
+    assert schema_version(queue.database) == SCHEMA_VERSION
+
+
+def test_a_pause_between_two_looks_at_the_lanes_leaves_the_claim_empty(queue: Queue) -> None:
+    queue.create([new_job()])
+    with ThreadPoolExecutor(1) as threads:
+        pausing = threads.submit(lambda: [(queue.pause(["owner"], None, None), queue.resume(["owner"], None, None)) for _ in range(100)])
+        while not pausing.done():
+            assert isinstance(queue.claim([ClaimRequest("worker", claim_id=str(uuid.uuid4()))])[0], Claimed)
+            queue.create([new_job()])
+
+
+def test_16_mb_are_bytes_not_characters(queue: Queue) -> None:
+    big = '"' + "я" * (3 << 20) + '"'
+    queue.create([NewJob("owner", "type", "profile", f"ref/{n}", big) for n in range(4)])  # type: ignore[arg-type]
+    [claimed] = queue.claim([ClaimRequest("worker", limit=4, claim_id=str(uuid.uuid4()))])
+    assert isinstance(claimed, Claimed)
+    assert claimed.jobs.count('"id"') == 2
+
+
+def lapsed_job(queue: Queue) -> tuple[str, str]:
+    """A job whose lease ran out, and the claim that had it."""
+    [made] = queue.create([new_job()])
+    claim_id = str(uuid.uuid4())
+    queue.claim([ClaimRequest("worker", claim_id=claim_id)])
+    queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
+    assert queue.upkeep({})[0] == 1
+    return made.id, claim_id
+
+
+def test_a_late_completion_counts_after_a_cancel_and_a_retry_and_keeps_its_start(queue: Queue) -> None:
+    job_id, claim_id = lapsed_job(queue)
+    queue.cancel(job_id, "")
+    assert queue.complete([job_id], [Completion(claim_id, "1")]) == ["job_cancelled"]
+    queue.retry_one(job_id, ["cancelled"])
+    assert queue.complete([job_id], [Completion(claim_id, "1")]) == ["ok"]
+    facts = queue.get(job_id).facts
+    assert '"status":"completed"' in facts
+    assert '"started_at":null' not in facts
+    assert '"errors":[]' in facts
+
+
+def test_late_completions_in_opposite_order_do_not_deadlock(queue: Queue) -> None:
+    for _ in range(5):
+        ids = [made.id for made in queue.create([new_job(n) for n in range(6)])]
+        claim_id = str(uuid.uuid4())
+        queue.claim([ClaimRequest("worker", limit=6, claim_id=claim_id)])
+        queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
+        assert queue.upkeep({})[0] == 6
+        completions = [Completion(claim_id, "1")] * 6
+        with ThreadPoolExecutor(2) as threads:
+            both = [threads.submit(queue.complete, ids, completions), threads.submit(queue.complete, ids[::-1], completions[::-1])]
+            assert [each.result(20) for each in both] == [["ok"] * 6] * 2
+
+
+def test_the_same_job_twice_in_one_heartbeat_is_held_twice(queue: Queue) -> None:
+    [made] = queue.create([new_job()])
+    claim_id = str(uuid.uuid4())
+    queue.claim([ClaimRequest("worker", claim_id=claim_id)])
+    assert [beat.outcome for beat in queue.heartbeat([made.id] * 2, [Heartbeat(claim_id)] * 2)] == ["ok", "ok"]
+
+
+def test_a_claim_beside_a_cancel_takes_the_next_job(queue: Queue, postgres_url: str) -> None:
+    first, second = queue.create([new_job(1), new_job(2)])
+    with closing(connect(postgres_url, queue.database.schema)) as other, ThreadPoolExecutor(1) as threads:
+        other.run("begin")
+        other.run("select cancel_job_v1(:id::uuid, '')", id=first.id)
+        claiming = threads.submit(queue.claim, [ClaimRequest("worker", claim_id=str(uuid.uuid4()))])
+        wait_until(lambda: other.run("select count(*) from pg_locks where not granted") != [[0]])
+        other.run("commit")
+        [claimed] = claiming.result(10)
+    assert isinstance(claimed, Claimed)
+    assert second.id in claimed.jobs

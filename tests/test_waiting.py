@@ -16,6 +16,11 @@ from ai_database_url import read_database_url
 from ai_requests import ClaimRequest, NewJob
 from ai_service import Claimed, Queue, WaitingRoom
 
+LATE_CREATE = (
+    "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', "
+    "'{NULL}', '{NULL}', '{NULL}', '{NULL}')"
+)
+
 
 class CountingDatabase(Database):
     """Counts the statements that went to the database, by name."""
@@ -150,15 +155,32 @@ def test_a_create_that_commits_late_is_found(
     [waiting] = parked(room, threads, [wish()])
     late = connect(postgres_url, database.schema)
     late.run("begin")
-    late.run(
-        "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', "
-        "'{NULL}', '{NULL}', '{NULL}', '{NULL}')"
-    )
+    late.run(LATE_CREATE)
     [made] = parked(room, threads, [wish("nobody", wait_seconds=seconds)])
     made.result()
     late.run("commit")
     late.close()
     assert waiting.result(10).jobs
+
+
+def test_a_job_below_the_floor_is_found_whoever_else_waits(
+    room: WaitingRoom, queue: Queue, database: Database, postgres_url: str, threads: ThreadPoolExecutor
+) -> None:
+    queue.create([new_job()])
+    assert room.claim(wish(), present).jobs, "the lane is there"
+    late = connect(postgres_url, database.schema)
+    late.run("begin")
+    late.run(LATE_CREATE)
+    queue.create([new_job()])
+    assert room.claim(wish(), present).jobs, "a later job of the lane: the late one is below the floor now"
+    others = parked(room, threads, [wish(f"another-{number}") for number in range(3)])
+    [waiting] = parked(room, threads, [wish()])
+    threads.submit(room.claim, wish("nobody", wait_seconds=2.5), present).result()
+    late.run("commit")
+    late.close()
+    assert waiting.result(15).jobs
+    room.close()
+    assert [each.result(2).jobs for each in others] == [""] * 3
 
 
 def test_a_client_that_hung_up_takes_no_job(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
