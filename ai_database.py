@@ -93,7 +93,7 @@ class Database:
             raise DatabaseBusy("all database connections are in use")
         try:
             with self._translated():
-                connection = self._alive() or Connection(self.address, self.schema)
+                connection = self._alive() or Connection(self.address, self.schema, min(seconds, CONNECT_SECONDS))
                 with self._returned(connection):
                     connection.limit(seconds)
                     yield connection
@@ -134,16 +134,16 @@ class Database:
             raise refusal_of(error) or error from None
         except _UNREACHABLE as error:
             state = getattr(error, "sqlstate", None) or ""
-            log.warning("database_unreachable error=%s sqlstate=%s", type(error).__name__, state)
-            refused = DatabaseBusy if _BUSY.fullmatch(state) else DatabaseUnavailable
-            raise refused from None
+            reason = str(error) if isinstance(error, DatabaseUnreachable) else type(error).__name__
+            log.debug("database_unreachable sqlstate=%s reason=%s", state, reason)
+            raise (DatabaseBusy if _BUSY.fullmatch(state) else DatabaseUnavailable)(reason=reason) from None
 
 
 class Connection:
     """One session of PostgreSQL with its prepared statements."""
 
-    def __init__(self, address: DatabaseAddress, schema: str) -> None:
-        self._session = address.connect(timeout_seconds=CONNECT_SECONDS)
+    def __init__(self, address: DatabaseAddress, schema: str, seconds: float = CONNECT_SECONDS) -> None:
+        self._session = address.connect(timeout_seconds=seconds)
         self._prepared: dict[str, pg8000.native.PreparedStatement] = {}
         wanted = ", ".join(f"('{name}', '{value}')" for name, value in SESSION.items())
         self._session.run(
@@ -158,7 +158,11 @@ class Connection:
         prepared = self._prepared.get(statement)
         if prepared is None:
             prepared = self._prepared[statement] = self._session.prepare(statement)
-        return list(prepared.run(**values) or ())
+        try:
+            return list(prepared.run(**values) or ())
+        finally:
+            # pg8000 would keep the rows, payloads of many megabytes among them, until the statement runs again.
+            prepared._context = None  # noqa: SLF001
 
     def script(self, text: str) -> list[list[Any]]:
         """The rows of the last of some statements."""

@@ -41,10 +41,12 @@ class Refusal(Exception):
     # Seconds after which a repeat may succeed; None where it will not.
     retry_after: ClassVar[int | None] = None
 
-    def __init__(self, detail: str | None = None, errors: Sequence[Mapping[str, str]] = ()) -> None:
+    def __init__(self, detail: str | None = None, errors: Sequence[Mapping[str, str]] = (), reason: str | None = None) -> None:
         super().__init__(detail or self.title())
         self.detail = detail or self.title()
         self.errors = list(errors)
+        # For the operator's log, not for the caller.
+        self.reason = reason
 
     def __init_subclass__(cls) -> None:
         cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()

@@ -60,7 +60,14 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     def received(self, data: bytes) -> int:
         """Takes in what came and returns how much of it was used."""
-        used: int = super().received(data)
+        try:
+            used: int = super().received(data)
+        except ValueError:  # waitress lets some through: a broken IPv6 address as host, a length of 5,000 digits
+            self.error, self.completed = waitress.utilities.BadRequest("the request line or a header cannot be read"), True
+            return len(data)
+        if self.chunked and "CONTENT_LENGTH" in self.headers and not self.completed:
+            # Two lengths: a proxy before us may have believed the other one (RFC 9112, 6.1).
+            self.error, self.completed = waitress.utilities.BadRequest("Content-Length and Transfer-Encoding exclude each other"), True
         limit = self.adj.body_limit_bytes
         if not self.error and (self.content_length > limit or (self.body_rcv is not None and len(self.body_rcv) > limit)):
             self.error, self.completed = waitress.utilities.RequestEntityTooLarge("the body is too large"), True

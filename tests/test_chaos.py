@@ -48,7 +48,9 @@ def drain(url: str, number: int, total: int, shared: Path, limit: int) -> None:
 def two_services(postgres_url: str, schema: str) -> Iterator[list[Service]]:
     services = [Service(postgres_url, schema, HTTP_PORT=str(port)) for port in free_ports(2)]
     try:
-        yield [service.start() for service in services]
+        for service in services:
+            service.start()
+        yield services
     finally:
         for service in services:
             service.stop()

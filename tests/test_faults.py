@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -14,7 +15,7 @@ import attrs
 import pytest
 import urllib3
 from postgres import PASSWORD, EmbeddedServer, connect, fresh_schema
-from service import Answer, Corner, Service, running_service, wait_until
+from service import Answer, Api, Corner, Service, running_service, wait_until
 
 JOBS = "/api/v1/jobs"
 
@@ -381,4 +382,48 @@ def test_more_waiting_claims_than_there_is_room_for_are_all_answered(start_servi
         create = max(timed(lambda: corner.create(model_profile="nobody-waits-for-this")) for _ in range(10))
         answers = [connection.recv(65536) for connection in waiting]
     assert (health < 1, create < 1) == (True, True), (health, create)
-    assert Counter(answer.split(b"\r\n")[0] for answer in answers) == {b"HTTP/1.1 200 OK": 400}
+    told = Counter(answer.split(b"\r\n")[0] for answer in answers)
+    assert set(told) <= {b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
+    assert told[b"HTTP/1.1 200 OK"] >= 224, "as many as may wait"
+    assert all(b"Retry-After: 1" in answer for answer in answers if b" 503 " in answer)
+
+
+def test_big_payloads_leave_no_memory_behind(start_service: Callable[..., Service]) -> None:
+    service = start_service()
+    corner = Corner(service.api)
+    big = "x" * (20 << 20)
+    for _ in range(3):
+        job = corner.take(input=big)
+        corner.done(job, "complete", result=big)
+        assert corner.look(job, include="input")["input"] == big
+    wait_until(lambda: resident_mb(service.process.pid) < 200, 20)
+
+
+def resident_mb(pid: int) -> float:
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_balancers_may_ask_by_any_method(start_service: Callable[..., Service], method: str) -> None:
+    service = start_service(DRAIN_SECONDS="20")
+    assert service.api.request(method, "/readyz").status == 200
+    service.terminate()
+    wait_until(lambda: service.api.request(method, "/readyz").status == 503)
+    assert service.api.request(method, "/healthz").status == 200
+    service.terminate()
+    service.wait(10)
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["GET http://[::1/healthz HTTP/1.1\r\nHost: x", f"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: {'9' * 5000}"],
+    ids=["host", "length"],
+)
+def test_what_cannot_be_read_as_http_is_answered(api: Api, head: str) -> None:
+    assert b" 400 " in api.raw(f"{head}\r\n\r\n".encode())[:20]
+
+
+def test_two_lengths_are_refused(api: Api) -> None:
+    request = b"POST /api/v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    assert b" 400 " in api.raw(request)[:20]
