@@ -71,6 +71,8 @@ log = logging.getLogger("ai_service.worker")
 
 # An open claim is asked anew this often, so that the service sees the worker.
 CLAIM_WAIT_SECONDS = 25.0
+# And this often where nothing is claimed since every provider rests.
+REPORT_SECONDS = 30.0
 MAX_BEAT_SECONDS = 30.0
 # The service refuses more: usage and progress over 4 KB, a worker's report over 8 KB, 1,000 items in a bulk call, delays over a day.
 MAX_NOTE_BYTES = 4096
@@ -694,6 +696,7 @@ class Worker:
         self._beats = self._client(read_seconds=max(2.0, self._beat_seconds / 2))
         self._delivery = Delivery(self._client(read_seconds=60.0), spool, self._watch)
         self._claim_id = str(uuid.uuid4())
+        self._asked_at = time.monotonic()
         self._changed = threading.Condition()
         # By claim as well: a job whose claim was lost may come back before its first run has ended.
         self._running: dict[tuple[str, str], Running] = {}
@@ -740,7 +743,7 @@ class Worker:
     def _claim_forever(self) -> None:
         backoff = Backoff(0.5, 30.0)
         while (room := self._room()) > 0:
-            asked_at = time.monotonic()
+            asked_at = self._asked_at = time.monotonic()
             try:
                 claim = self._claim(room)
             except ServiceError as error:
@@ -758,11 +761,15 @@ class Worker:
         self._settle_claim()
 
     def _room(self) -> int:
-        """How many jobs may be claimed, as soon as it is one at least; 0 when draining."""
+        """How many jobs may be claimed, as soon as it is one at least; 0 when draining.
+
+        While all providers rest a claim is made all the same now and then, for a profile nobody has: the service hears how they are.
+        """
         with self._changed:
             while not self._draining.is_set():
                 room = self._settings.concurrency - len(self._running)
-                if room > 0 and self._delivery.takes_more() and self._fleet.open_profiles():
+                is_quiet = time.monotonic() - self._asked_at > REPORT_SECONDS
+                if room > 0 and self._delivery.takes_more() and (self._fleet.open_profiles() or is_quiet):
                     return room
                 self._changed.wait(0.5)
         return 0
@@ -773,7 +780,8 @@ class Worker:
             limit=room,
             model_profiles=self._fleet.open_profiles() or [self._claim_id],
             lease_seconds=self._settings.lease_seconds,
-            wait_seconds=self._fleet.seconds_to_wake(),
+            # A worker that freezes while it waits loses a job that it was just given: not for long after it wakes.
+            wait_seconds=min(self._fleet.seconds_to_wake(), self._settings.lease_seconds / 2),
             claim_id=self._claim_id,
             worker=self._report(),
         )
