@@ -824,7 +824,8 @@ def _batches(tickets: list[Ticket]) -> Iterator[list[Ticket]]:
 # ── Upkeep ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 UPKEEP_SECONDS = 2.0
-FIRST_ROUND_SECONDS = 1.0
+# The schema of an empty database is applied within; longer is a database that hangs, and health must not wait for it.
+FIRST_ROUND_SECONDS = 5.0
 PARTITIONS_SECONDS = 60.0
 RETENTION_SECONDS = 600.0
 
@@ -846,7 +847,7 @@ class Upkeep:
         self._thread = threading.Thread(target=self._work, name="upkeep", daemon=True)
 
     def start(self) -> None:
-        """Begins; returns after the first round or a second. A database that is away is waited for in the thread."""
+        """Begins; returns after the first round or five seconds. A database that is away is waited for in the thread."""
         self._thread.start()
         self._begun.wait(FIRST_ROUND_SECONDS)
 
