@@ -531,6 +531,7 @@ def _structure_object(kind: Any) -> Callable[[Any, Any], Any]:
 
 
 def decoded(kind: type[T], raw: msgspec.Raw | bytes, called: str) -> T:
+    """JSON as a `kind`, its members unread. Raises ValueError that says what it must be, by the words in `called`."""
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError:
@@ -567,6 +568,7 @@ def _causes(error: BaseException, at: str) -> Iterator[tuple[str, BaseException]
 
 
 def problems_of(at: str, cause: BaseException) -> list[dict[str, str]]:
+    """What a cause tells the caller, as members of a problem's `errors`."""
     if isinstance(cause, cattrs.ForbiddenExtraKeysError):
         return [{"path": f"{at}/{_pointer(name)}", "message": "is not a field of this request"} for name in sorted(cause.extra_fields)]
     return [{"path": at, "message": "is required" if isinstance(cause, KeyError) else str(cause)}]
