@@ -36,7 +36,7 @@ import pg8000.native
 
 import providers
 from ai_database import SCHEMA_VERSION, STATEMENT_SECONDS, Database, migrate, schema_version
-from ai_database_url import DatabaseAddress, DatabaseUrlError, read_database_url
+from ai_database_url import DatabaseAddress, read_database_url
 from ai_requests import (
     MAX_BULK,
     OUTCOMES,
@@ -96,39 +96,13 @@ from ai_requests import (
     text_of,
 )
 from ai_server import Server, listen
+from providers.settings import SettingsError, duration, flag, read_settings, setting, whole
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("ai_service")
 
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class SettingsError(Exception):
-    """The environment holds settings that cannot be used; `problems` says all of them, one sentence each, without a secret."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
-
-
-def _setting(name: str, default: str | None, read: Callable[[str], Any], about: str) -> Any:
-    return attrs.field(metadata={"name": name, "default": default, "read": read, "about": about})
-
-
-def _read_flag(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
-        raise ValueError("must be true or false")
-    return text.lower() in ("true", "1", "yes", "on")
-
-
-def _read_whole(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch(r"\d{1,12}", text) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
-
-    return read
 
 
 def _read_schema_name(text: str) -> str:
@@ -153,44 +127,36 @@ def _read_log_level(text: str) -> str:
     return text.upper()
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Settings:
-    """What the service reads from its environment. Each field names its variable, its default and what it does."""
+    """What the service reads from its environment. Each field names its variable, what it does, and its default."""
 
-    database_url: DatabaseAddress = _setting("DATABASE_URL", None, read_database_url, "PostgreSQL to use, as a libpq URL")
-    database_schema: str = _setting("DATABASE_SCHEMA", "ai_service", _read_schema_name, "schema that holds the service's tables")
-    database_connections: int = _setting("DATABASE_CONNECTIONS", "8", _read_whole(2, 100), "most connections a process opens")
-    migrate_on_start: bool = _setting("MIGRATE_ON_START", "true", _read_flag, "apply `schema.sql` on start")
-    http_host: str = _setting("HTTP_HOST", "0.0.0.0", str, "address to listen on")  # noqa: S104  the contract's default
-    http_port: int = _setting("HTTP_PORT", "8080", _read_whole(0, 65535), "port to listen on; 0 picks a free one")
-    http_threads: int = _setting("HTTP_THREADS", "256", _read_whole(40, 2000), "threads; all but 32 of them may hold waiting requests")
-    max_body_bytes: int = _setting("MAX_BODY_BYTES", "33554432", _read_whole(1024, 1 << 30), "largest request body, in bytes")
-    drain_seconds: float = _setting("DRAIN_SECONDS", "5", providers.parse_duration, "from SIGTERM to the close of the listener")
-    retention: timedelta | None = _setting("RETENTION", "30d", _read_retention, "how long finished jobs are kept, or `forever`")
-    log_level: str = _setting("LOG_LEVEL", "INFO", _read_log_level, "DEBUG, INFO, WARNING or ERROR")
+    database_url: DatabaseAddress = setting(
+        "DATABASE_URL",
+        "PostgreSQL to use, as a libpq URL",
+        read=read_database_url,
+        required="`ai-service serve --embedded` brings its own PostgreSQL",
+    )
+    database_schema: str = setting(
+        "DATABASE_SCHEMA", "schema that holds the service's tables", default="ai_service", read=_read_schema_name
+    )
+    database_connections: int = setting("DATABASE_CONNECTIONS", "most connections a process opens", default="8", read=whole(2, 100))
+    migrate_on_start: bool = setting("MIGRATE_ON_START", "apply `schema.sql` on start", default="true", read=flag)
+    http_host: str = setting("HTTP_HOST", "address to listen on", default="0.0.0.0")  # noqa: S104  the contract's default
+    http_port: int = setting("HTTP_PORT", "port to listen on; 0 picks a free one", default="8080", read=whole(0, 65535))
+    http_threads: int = setting(
+        "HTTP_THREADS", "threads; all but 32 of them may hold waiting requests", default="256", read=whole(40, 2000)
+    )
+    max_body_bytes: int = setting("MAX_BODY_BYTES", "largest request body, in bytes", default=str(32 << 20), read=whole(1024, 1 << 30))
+    drain_seconds: float = setting("DRAIN_SECONDS", "from SIGTERM to the close of the listener", default="5", read=duration(0))
+    retention: timedelta | None = setting("RETENTION", "how long finished jobs are kept, or `forever`", default="30d", read=_read_retention)
+    log_level: str = setting("LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR", default="INFO", read=_read_log_level)
     environ: Mapping[str, str] = attrs.field(factory=dict, repr=False)
 
-
-def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Reads every setting; an empty variable counts as not set. Raises SettingsError with all problems at once."""
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for field in attrs.fields(Settings):
-        if not field.metadata:
-            continue
-        name, text = field.metadata["name"], environ.get(field.metadata["name"]) or field.metadata["default"]
-        if text is None:
-            problems.append(f"{name} is not set; `ai-service serve --embedded` brings its own PostgreSQL")
-            continue
-        try:
-            values[field.name] = field.metadata["read"](text)
-        except DatabaseUrlError as error:
-            problems += [f"{name}: {problem}" for problem in error.problems]
-        except ValueError as error:
-            problems.append(f"{name} {error}")
-    if problems:
-        raise SettingsError(problems)
-    return Settings(**values, environ=environ)
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> "Settings":
+        """The settings in `environ`, which the providers read theirs from later. Raises SettingsError with all problems at once."""
+        return read_settings(cls, environ, environ=environ)
 
 
 # ── Queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1462,9 +1428,15 @@ def check(settings: Settings) -> int:
         print(f"database: not ready, {refusal.code}: {refusal.reason or refusal.detail}")
         ready = False
     print("access: open, no tokens are configured")
-    for item in providers.check_all(service.board.listed):
-        print(f"provider {item['name']}: {item['status']}{', ' + item['detail'] if item.get('detail') else ''}")
+    _print_providers(service.board.listed)
     return 0 if ready else 1
+
+
+def _print_providers(listed: Sequence[providers.Listed]) -> None:
+    for one, item in zip(listed, providers.check_all(listed), strict=True):
+        print(f"provider {item['name']}: {item['status']}{', ' + item['detail'] if item.get('detail') else ''}")
+        for name, shown in one.settings.items():
+            print(f"  {name} {shown}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1513,7 +1485,7 @@ def _serve_embedded(folder: Path | None) -> int:
 
 def _with_settings(environ: Mapping[str, str], act: Callable[[Settings], int]) -> int:
     try:
-        settings = read_settings(environ)
+        settings = Settings.read(environ)
     except SettingsError as error:
         print("ai-service: the settings cannot be used:\n" + "\n".join(f"  - {problem}" for problem in error.problems), file=sys.stderr)
         return 2

@@ -10,13 +10,15 @@ the providers. What a thread of a job does cannot hold up the others. The main t
 Settings, beside those of the providers
     AI_SERVICE_URL          where the service is: http://127.0.0.1:8080
     AI_SERVICE_TOKEN        its token; none
+    PROFILE_PROVIDERS       providers of a profile in their order, the later ones as fallback: qwen2.5-14b=vllm,openclaw; vision=vllm
     WORKER_CONCURRENCY      jobs side by side: 4
     WORKER_LEASE_SECONDS    how long a job stays this worker's without a heartbeat: 120
+    WORKER_JOB_TIMEOUT      limit of one attempt, whatever its provider allows: 1h
     WORKER_DRAIN_SECONDS    how long running jobs may go on after SIGTERM: 20
     WORKER_SPOOL_DIR        where finished outcomes wait for the service: $XDG_STATE_HOME/ai-service/spool, or under ~/.local/state
     WORKER_SPOOL_MAX_BYTES  how much may wait there: 1073741824 (1 GiB)
 
-Sections: settings, outcomes, the spool, delivery, jobs under way, providers, the worker, the command.
+Sections: settings, outcomes, the spool, delivery, jobs under way, the worker, the command.
 """
 
 from __future__ import annotations
@@ -65,14 +67,29 @@ from ai_client import (
     object_text,
     split_object,
 )
-from providers import INTERNAL, INVALID_INPUT, INVALID_OUTPUT, Listed, Never, NotCompleted, NotNow, Result
+from providers import (
+    INTERNAL,
+    INVALID_INPUT,
+    INVALID_OUTPUT,
+    TIMEOUT,
+    UNAVAILABLE,
+    Listed,
+    Never,
+    NotCompleted,
+    NotNow,
+    Result,
+    SettingsError,
+    Unsupported,
+)
+from providers.fleet import UNSUPPORTED_SECONDS, Fleet
+from providers.settings import duration, pairs, read_settings, setting, whole
 
 log = logging.getLogger("ai_service.worker")
 
 # An open claim is asked anew this often, so that the service sees the worker.
 CLAIM_WAIT_SECONDS = 25.0
-# And this often where nothing is claimed since every provider rests.
-REPORT_SECONDS = 30.0
+# And this often where nothing is claimed since every circuit is open.
+REPORT_SECONDS = 10.0
 MAX_BEAT_SECONDS = 30.0
 # The service refuses more: usage and progress over 4 KB, a worker's report over 8 KB, 1,000 items in a bulk call, delays over a day.
 MAX_NOTE_BYTES = 4096
@@ -82,7 +99,12 @@ MAX_DELAY_SECONDS = 86_400.0
 # An outcome that waits has no heartbeat: no more of them than a busy service takes within the shortest lease.
 MAX_UNDELIVERED = 100
 
-_PROFILE = re.compile(r"[A-Za-z0-9._:/@+-]{1,100}")
+# A provider that ignores the end of its time is left to itself so long after it, and the job's attempt counted as failed.
+OVERDUE_SECONDS = 30.0
+# A job that a provider gave back without a reason of its service's waits so long.
+GIVEN_BACK_SECONDS = 2.0
+# And no longer than so, however long the circuit stays open: another worker may be better off.
+MAX_GIVEN_BACK_SECONDS = 300.0
 
 T = TypeVar("T")
 
@@ -90,82 +112,50 @@ T = TypeVar("T")
 # ---------------------------------------------------------------- settings
 
 
-class SettingsError(Exception):
-    """The worker cannot start with these settings: all problems at once, a sentence each, without secret values."""
+def _read_folder(text: str) -> Path:
+    return Path(text).expanduser()
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+
+def _read_order(text: str) -> dict[str, tuple[str, ...]]:
+    """`profile=provider,provider; profile=provider`."""
+    return {profile: tuple(re.split(r"\s*,\s*", names)) for profile, names in pairs(text, ";").items()}
 
 
 @frozen(kw_only=True)
 class Settings:
     """What a worker is told by its environment."""
 
-    url: str = "http://127.0.0.1:8080"
-    token: str | None = field(default=None, repr=False)
-    concurrency: int = 4
-    lease_seconds: int = 120
-    drain_seconds: float = 20.0
-    spool_dir: Path
-    spool_max_bytes: int = 1 << 30
+    url: str = setting("AI_SERVICE_URL", "where the service is", default="http://127.0.0.1:8080", read=check_base_url)
+    token: str | None = setting("AI_SERVICE_TOKEN", "its token", read=check_token, secret=True)
+    profile_providers: Mapping[str, tuple[str, ...]] = setting(
+        "PROFILE_PROVIDERS", "providers of a profile in their order: `profile=first,fallback; …`", default="", read=_read_order
+    )
+    concurrency: int = setting("WORKER_CONCURRENCY", "jobs side by side", default="4", read=whole(1, MAX_ITEMS))
+    lease_seconds: int = setting(
+        "WORKER_LEASE_SECONDS",
+        "how long a job stays this worker's without a heartbeat",
+        default="120",
+        read=lambda text: int(duration(5, 86_400)(text)),
+    )
+    job_timeout_seconds: float = setting(
+        "WORKER_JOB_TIMEOUT", "limit of one attempt, whatever its provider allows", default="1h", read=duration(1, 7 * 86_400)
+    )
+    drain_seconds: float = setting("WORKER_DRAIN_SECONDS", "how long running jobs may go on after SIGTERM", default="20", read=duration(0))
+    spool_dir: Path = setting(
+        "WORKER_SPOOL_DIR",
+        "where finished outcomes wait for the service; give it a volume",
+        default="~/.local/state/ai-service/spool",
+        read=_read_folder,
+    )
+    spool_max_bytes: int = setting(
+        "WORKER_SPOOL_MAX_BYTES", "how much may wait there, in bytes", default=str(1 << 30), read=whole(0, 1 << 50)
+    )
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """The settings in `environ`. Raises SettingsError."""
-        reader = _Reader(environ)
-        settings = cls(
-            url=reader.read("AI_SERVICE_URL", check_base_url, "http://127.0.0.1:8080"),
-            token=reader.read("AI_SERVICE_TOKEN", check_token, None),
-            concurrency=reader.read("WORKER_CONCURRENCY", _whole(1, MAX_ITEMS), 4),
-            lease_seconds=int(reader.read("WORKER_LEASE_SECONDS", _seconds(5, 86_400), 120.0)),
-            drain_seconds=reader.read("WORKER_DRAIN_SECONDS", _seconds(0, 86_400), 20.0),
-            spool_dir=reader.read("WORKER_SPOOL_DIR", Path, _state_folder(environ)),
-            spool_max_bytes=reader.read("WORKER_SPOOL_MAX_BYTES", _whole(0, 1 << 50), 1 << 30),
-        )
-        if reader.problems:
-            raise SettingsError(reader.problems)
-        return settings
-
-
-class _Reader:
-    """Reads settings one by one and collects what is wrong with them."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-        self.problems: list[str] = []
-
-    def read(self, name: str, parse: Callable[[str], T], default: T) -> T:
-        text = self._environ.get(name, "").strip()
-        try:
-            return parse(text) if text else default
-        except ValueError as error:
-            self.problems.append(f"{name}: {error}")
-            return default
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
-            raise ValueError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(least: float, most: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        seconds = providers.parse_duration(text)
-        if not least <= seconds <= most:
-            raise ValueError(f"{text!r} is not from {least:g} to {most:g} seconds")
-        return seconds
-
-    return parse
-
-
-def _state_folder(environ: Mapping[str, str]) -> Path:
-    state = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/")) / ".local" / "state"
-    return Path(state) / "ai-service" / "spool"
+        state = environ.get("XDG_STATE_HOME") or f"{environ.get('HOME', '')}/.local/state"
+        return read_settings(cls, {**environ, "WORKER_SPOOL_DIR": environ.get("WORKER_SPOOL_DIR") or f"{state}/ai-service/spool"})
 
 
 # ---------------------------------------------------------------- outcomes
@@ -237,6 +227,16 @@ def _note(name: str, value: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
     except NotJSON as error:
         log.warning("note_dropped kind=%s reason=%s", name, error)
     return None
+
+
+def _usage(given: Mapping[str, Any] | None, provider: str, seconds: float) -> Mapping[str, Any]:
+    """Usage with what the worker knows. Where it is too much for the service, what the model service counted itself goes first."""
+    known = {"provider": provider, "running_seconds": round(seconds, 3)}
+    if not isinstance(given, Mapping):
+        _note("usage", given)
+        return known
+    named = {**known, **given, "provider": provider}
+    return _note("usage", named) or _note("usage", {name: value for name, value in named.items() if name != "raw"}) or known
 
 
 def _delay(seconds: float | None) -> float | None:
@@ -514,11 +514,14 @@ def _log_outcome(outcome: Outcome, status: str) -> None:
 class Running:
     """One job that is being executed. Exactly one of its end, the loss of its claim, and the drain decides what becomes of it."""
 
-    def __init__(self, job: ClaimedJob, listed: Listed) -> None:
-        self.job, self.provider_name, self._provider = job, listed.name, listed.provider
+    def __init__(self, job: ClaimedJob, fleet: Fleet, timeout_seconds: float) -> None:
+        self.job, self._fleet = job, fleet
         self.cancelled = threading.Event()
         self.progress: Mapping[str, Any] | None = None
+        self.is_given_up = False
+        self._provider = "none"
         self._started = time.monotonic()
+        self._deadline = self._started + timeout_seconds
         self._undecided = threading.Lock()
 
     def decide(self) -> bool:
@@ -528,38 +531,60 @@ class Running:
     def lose(self, code: str) -> None:
         """The claim no longer holds the job: stop the work, report nothing."""
         if self.decide():
-            log.warning("job_lost id=%s task_type=%s code=%s", self.job.id, self.job.task_type, code)
+            log.warning("job_lost id=%s task_type=%s provider=%s code=%s", self.job.id, self.job.task_type, self._provider, code)
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Stop the work; nothing waits for it any more."""
+        self.is_given_up = True
         self.cancelled.set()
+
+    def overdue(self) -> Outcome | None:
+        """The end of an attempt whose provider went on after its deadline; None for any other."""
+        if time.monotonic() < self._deadline + OVERDUE_SECONDS or not self.decide():
+            return None
+        log.error("job_overdue id=%s provider=%s", self.job.id, self._provider)
+        return self._failed(NotNow(TIMEOUT, "the provider went on after its deadline and was left to itself"), retryable=True)
 
     def outcome(self, verb: Literal["complete", "fail", "release"], **fields: Any) -> Outcome:
         """An outcome of this attempt."""
         job = self.job
         known: dict[str, Any] = {"job_id": job.id, "claim_id": job.claim_id, "task_type": job.task_type, "model_profile": job.model_profile}
-        seconds = round(time.monotonic() - self._started, 3)
-        return Outcome(verb=verb, provider=self.provider_name, attempt=job.attempt, seconds=seconds, **known, **fields)
+        return Outcome(verb=verb, provider=self._provider, attempt=job.attempt, seconds=self._seconds(), **known, **fields)
 
     def execute(self) -> Outcome:
-        """Run the provider. Whatever it does, this attempt has an outcome."""
+        """Let the providers of the profile try it in turn, until one has done some work. Whatever they do, this attempt has an outcome."""
         try:
-            return self._attempt()
+            job = self._job()
+        except Never as unreadable:
+            return self._outcome_of(unreadable)
+        refusals: list[NotNow | Unsupported] = []
+        for turn in self._fleet.turns(self.job.model_profile):
+            self._provider = turn.listed.name
+            ended = self._attempt(turn.listed, job)
+            turn.end(ended)
+            if not isinstance(ended, NotNow | Unsupported) or (isinstance(ended, NotNow) and ended.burns_attempt):
+                return self._outcome_of(ended)
+            refusals.append(ended)
+            if self.cancelled.is_set():
+                break
+        return self._refused(refusals)
+
+    def _attempt(self, listed: Listed, job: providers.Job) -> Result | NotCompleted:
+        try:
+            assert listed.provider is not None, "only providers that were made are claimed for"
+            result = listed.provider.run(job)
+        except NotCompleted as outcome:
+            return outcome
         except BaseException as error:  # noqa: BLE001 -- a stranger's code, which may even call sys.exit
             return self._broken(error)
-
-    def _attempt(self) -> Outcome:
-        try:
-            assert self._provider is not None, "only providers that were made are claimed for"
-            return self._completed(self._provider.run(self._job()))
-        except NotNow as error:
-            if error.burns_attempt:
-                return self._failed(error, retryable=True, delay_seconds=_delay(error.retry_in_seconds))
-            return self.outcome("release", category=error.category, delay_seconds=_delay(error.retry_in_seconds))
-        except NotCompleted as error:
-            return self._failed(error, retryable=False)
+        return result if isinstance(result, Result) else self._broken(TypeError("not a Result"))
 
     def _job(self) -> providers.Job:
         names = ("id", "owner_service", "owner_ref", "task_type", "model_profile", "attempt", "max_attempts", "traceparent")
         fields = {name: getattr(self.job, name) for name in names}
-        return providers.Job(input=self._input(), cancelled=self.cancelled, report_progress=self._report_progress, **fields)
+        given: dict[str, Any] = {"deadline": self._deadline, "cancelled": self.cancelled, "report_progress": self._report_progress}
+        return providers.Job(input=self._input(), **given, **fields)
 
     def _input(self) -> Any:
         try:
@@ -570,108 +595,48 @@ class Running:
     def _report_progress(self, progress: Mapping[str, Any]) -> None:
         self.progress = _note("progress", progress)
 
-    def _completed(self, result: object) -> Outcome:
-        if not isinstance(result, Result):
-            raise TypeError("not a Result")
+    def _outcome_of(self, ended: Result | NotCompleted) -> Outcome:
+        if isinstance(ended, Result):
+            return self._completed(ended)
+        if isinstance(ended, NotNow):
+            return self._failed(ended, retryable=True, delay_seconds=_delay(ended.retry_in_seconds))
+        return self._failed(ended, retryable=False)
+
+    def _refused(self, refusals: Sequence[NotNow | Unsupported]) -> Outcome:
+        """Nobody did any work: the job goes back unharmed, unless all providers of its profile say that they never will."""
+        not_now = [refusal for refusal in refusals if isinstance(refusal, NotNow)]
+        if not not_now and len(refusals) == self._fleet.count(self.job.model_profile):
+            return self._failed(refusals[-1], retryable=False)
+        category = not_now[0].category if not_now else UNAVAILABLE
+        return self.outcome("release", category=category, delay_seconds=_delay(self._pause(refusals, not_now)))
+
+    def _pause(self, refusals: Sequence[NotNow | Unsupported], not_now: Sequence[NotNow]) -> float:
+        asked = [refusal.retry_in_seconds for refusal in not_now if refusal.retry_in_seconds is not None]
+        if asked:
+            return min(asked)
+        # A job that only a provider behind an open circuit may do would otherwise come back to those that cannot.
+        least = UNSUPPORTED_SECONDS if len(refusals) > len(not_now) else GIVEN_BACK_SECONDS
+        return min(MAX_GIVEN_BACK_SECONDS, max(least, self._fleet.seconds_until_open(self.job.model_profile)))
+
+    def _completed(self, result: Result) -> Outcome:
         try:
-            return self.outcome("complete", result=RawJSON(encode(result.value)), usage=_note("usage", result.usage))
+            text = RawJSON(encode(result.value))
         except NotJSON as error:
-            return self.outcome("fail", category=INVALID_OUTPUT, message=f"the provider's result is {error}", retryable=True)
+            return self._failed(NotNow(INVALID_OUTPUT, f"the provider's result is {error}", usage=result.usage), retryable=True)
+        return self.outcome("complete", result=text, usage=_usage(result.usage, self._provider, self._seconds()))
 
     def _failed(self, error: NotCompleted, **fields: Any) -> Outcome:
-        usage = _note("usage", error.usage)
+        usage = _usage(error.usage, self._provider, self._seconds())
         return self.outcome("fail", category=error.category, message=_plain(error.message), usage=usage, **fields)
 
-    def _broken(self, error: BaseException) -> Outcome:
+    def _broken(self, error: BaseException) -> NotNow:
         # The exception's text may hold a piece of the payload: its type and place must do.
         place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-1:])
-        message = f"the provider raised {type(error).__name__}{place}"
-        log.error("provider_broke id=%s provider=%s error=%s%s", self.job.id, self.provider_name, type(error).__name__, place)
-        return self.outcome("fail", category=INTERNAL, message=message, retryable=True)
+        log.error("provider_broke id=%s provider=%s error=%s%s", self.job.id, self._provider, type(error).__name__, place)
+        return NotNow(INTERNAL, f"the provider raised {type(error).__name__}{place}")
 
-
-# ---------------------------------------------------------------- providers
-
-
-@attrs.define
-class _Rest:
-    """A provider that took no work: nothing is claimed for it until `until`, and while its check calls it unavailable, `at_most_until`."""
-
-    until: float
-    at_most_until: float
-
-
-class Fleet:
-    """The providers of this worker, how they are, and which of them rest.
-
-    A provider that hands a job back without having worked on it would get it again at once, and a job may be released a hundred times
-    only. So the provider rests: as long as it asked for, else 2 s, doubled each time, 60 s at most; while its check says
-    `unavailable`, up to 10 minutes.
-    """
-
-    MAX_REST_SECONDS = 600.0
-    CHECK_SECONDS = 30.0
-    CHECK_SECONDS_AT_REST = 5.0
-
-    def __init__(self, listed: Sequence[Listed]) -> None:
-        self._listed = [one for one in listed if one.provider is not None]
-        self.by_profile = {profile: one for one in self._listed for profile in one.model_profiles}
-        self._lock = threading.Lock()
-        self._rests: dict[str, _Rest] = {}
-        self._backoffs = {one.name: Backoff(2.0, 60.0) for one in self._listed}
-        self._health: list[dict[str, Any]] = []
-
-    def check(self) -> None:
-        """Look at all providers; up to 3 seconds."""
-        self._health = providers.check_all(self._listed)
-
-    def seconds_to_next_check(self) -> float:
-        """Sooner while one rests, to find it back."""
-        return self.CHECK_SECONDS_AT_REST if self._resting() else self.CHECK_SECONDS
-
-    def rest(self, name: str, asked_seconds: float | None) -> float:
-        """Let a provider rest; for how many seconds."""
-        with self._lock:
-            now, rest = time.monotonic(), self._rests.get(name)
-            if asked_seconds is None and rest and now < rest.until:
-                # Jobs that ran side by side met the same outage: it counts once.
-                return rest.until - now
-            seconds = self._backoffs[name].next_seconds() if asked_seconds is None else asked_seconds
-            self._rests[name] = _Rest(now + min(seconds, self.MAX_REST_SECONDS), now + self.MAX_REST_SECONDS)
-            return seconds
-
-    def worked(self, name: str) -> None:
-        """A provider did some work: the next rest is a short one again."""
-        with self._lock:
-            self._backoffs[name].reset()
-            self._rests.pop(name, None)
-
-    def open_profiles(self) -> list[str]:
-        """The profiles to claim now."""
-        resting = self._resting()
-        return [profile for profile, listed in self.by_profile.items() if listed.name not in resting]
-
-    def seconds_to_wake(self) -> float:
-        """How long a claim may wait without missing a provider that comes back."""
-        return 2.0 if self._resting() else CLAIM_WAIT_SECONDS
-
-    def report(self) -> list[dict[str, Any]]:
-        """The providers as a worker reports them."""
-        resting = self._resting()
-        health = {item["name"]: _reported(item) for item in self._health}
-        return [{**health.get(one.name, {}), "circuit": "open" if one.name in resting else "closed"} for one in self._listed]
-
-    def _resting(self) -> set[str]:
-        unavailable = {item["name"] for item in self._health if item["status"] == "unavailable"}
-        now = time.monotonic()
-        with self._lock:
-            rests = self._rests.items()
-            return {name for name, rest in rests if now < (rest.at_most_until if name in unavailable else rest.until)}
-
-
-def _reported(health: Mapping[str, Any]) -> dict[str, Any]:
-    names = {name: health[name] for name in ("name", "status", "model_profiles")}
-    return {**names, "detail": _plain(health.get("detail", ""))[:200] or None}
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._started, 3)
 
 
 def _bounded(report: dict[str, Any]) -> dict[str, Any]:
@@ -687,9 +652,9 @@ def _bounded(report: dict[str, Any]) -> dict[str, Any]:
 class Worker:
     """Claims, runs and reports until `stop`. `run` blocks; a second `stop` cuts the drain short."""
 
-    def __init__(self, settings: Settings, listed: Sequence[Listed], spool: Spool) -> None:
+    def __init__(self, settings: Settings, routes: Mapping[str, Sequence[Listed]], spool: Spool) -> None:
         self.worker_id = f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._settings, self._fleet, self._watch = settings, Fleet(listed), Watch()
+        self._settings, self._fleet, self._watch = settings, Fleet(routes), Watch()
         self._beat_seconds = min(settings.lease_seconds / 3, MAX_BEAT_SECONDS)
         # Three clients: closing the first ends an open claim and nothing else, a hung heartbeat must not eat up the lease.
         self._claims = self._client(read_seconds=10.0)
@@ -707,7 +672,7 @@ class Worker:
     def run(self) -> int:
         """Work until `stop`, then drain; 0, or 1 when a part of the worker broke."""
         self._fleet.check()
-        profiles = ",".join(self._fleet.by_profile)
+        profiles = ",".join(self._fleet.model_profiles)
         log.info("worker_started worker_id=%s concurrency=%d profiles=%s", self.worker_id, self._settings.concurrency, profiles)
         for name, loop in (("delivery", self._delivery.run), ("heartbeats", self._beat_forever), ("checks", self._check_forever)):
             self._thread(name, loop)
@@ -763,7 +728,7 @@ class Worker:
     def _room(self) -> int:
         """How many jobs may be claimed, as soon as it is one at least; 0 when draining.
 
-        While all providers rest a claim is made all the same now and then, for a profile nobody has: the service hears how they are.
+        While all circuits are open a claim is made all the same now and then, for a profile nobody has: the service hears how they are.
         """
         with self._changed:
             while not self._draining.is_set():
@@ -777,11 +742,11 @@ class Worker:
     def _claim(self, room: int) -> Claim:
         return self._claims.claim(
             self.worker_id,
-            limit=room,
+            limit=self._fleet.may_claim(room),
             model_profiles=self._fleet.open_profiles() or [self._claim_id],
             lease_seconds=self._settings.lease_seconds,
             # A worker that freezes while it waits loses a job that it was just given: not for long after it wakes.
-            wait_seconds=min(self._fleet.seconds_to_wake(), self._settings.lease_seconds / 2),
+            wait_seconds=min(2.0 if self._fleet.is_in_trouble() else CLAIM_WAIT_SECONDS, self._settings.lease_seconds / 2),
             claim_id=self._claim_id,
             worker=self._report(),
         )
@@ -835,7 +800,7 @@ class Worker:
     # Jobs
 
     def _start(self, job: ClaimedJob) -> None:
-        running = Running(job, self._fleet.by_profile[job.model_profile])
+        running = Running(job, self._fleet, self._settings.job_timeout_seconds)
         with self._changed:
             self._running[job.id, job.claim_id] = running
         threading.Thread(target=self._guarded, args=("job", lambda: self._execute(running)), name=f"job-{job.id}", daemon=True).start()
@@ -844,18 +809,11 @@ class Worker:
         try:
             outcome = running.execute()
             if running.decide():
-                self._delivery.put(self._after_rest(running, outcome)).wait()
+                self._delivery.put(outcome).wait()
         finally:
             with self._changed:
                 del self._running[running.job.id, running.job.claim_id]
                 self._changed.notify_all()
-
-    def _after_rest(self, running: Running, outcome: Outcome) -> Outcome:
-        """A provider that handed the job back rests; the job waits as long."""
-        if outcome.verb == "release":
-            return attrs.evolve(outcome, delay_seconds=self._fleet.rest(running.provider_name, outcome.delay_seconds))
-        self._fleet.worked(running.provider_name)
-        return outcome
 
     # Heartbeats and checks
 
@@ -880,9 +838,16 @@ class Worker:
 
     def _beat(self) -> None:
         with self._changed:
-            running = list(self._running.values())
+            running = [one for one in self._running.values() if not one.is_given_up]
+        self._give_up_overdue(running)
         for start in range(0, len(running), MAX_ITEMS):
             self._beat_for(running[start : start + MAX_ITEMS])
+
+    def _give_up_overdue(self, running: Iterable[Running]) -> None:
+        for one in running:
+            if outcome := one.overdue():
+                self._delivery.put(outcome)
+                one.give_up()
 
     def _beat_for(self, running: Sequence[Running]) -> None:
         beats = [Beat(one.job.id, one.job.claim_id, self._settings.lease_seconds, one.progress) for one in running]
@@ -961,33 +926,41 @@ def main(environ: Mapping[str, str]) -> int:
 def _made(environ: Mapping[str, str]) -> Worker:
     """The worker of these settings. Raises SettingsError with all that is wrong."""
     problems: list[str] = []
-    listed = _listed(environ, problems)
-    try:
-        settings = Settings.read(environ)
-        spool = Spool(settings.spool_dir, settings.url, settings.spool_max_bytes)
-        spool.open()
-    except SettingsError as wrong:
-        raise SettingsError([*wrong.problems, *problems]) from None
-    except OSError as error:
-        raise SettingsError([f"WORKER_SPOOL_DIR: {settings.spool_dir} cannot be used: {error.strerror or error}", *problems]) from None
-    if problems:
-        raise SettingsError(problems)
-    return Worker(settings, listed, spool)
-
-
-def _listed(environ: Mapping[str, str], problems: list[str]) -> tuple[Listed, ...]:
     listed = providers.discover(environ)
     problems += [f"{one.name}: {problem}" for one in listed for problem in one.problems]
-    wrong = [(one.name, profile) for one in listed for profile in one.model_profiles if not _PROFILE.fullmatch(profile)]
-    problems += [f"{name}: {profile!r} cannot be a model profile" for name, profile in wrong]
+    settings = _noted(problems, lambda: Settings.read(environ))
+    order = settings.profile_providers if settings else {}
+    routes = _noted(problems, lambda: _routes(listed, order, may_be_none=bool(problems)))
+    if settings and routes is not None and not problems:
+        spool = Spool(settings.spool_dir, settings.url, settings.spool_max_bytes)
+        _noted(problems, lambda: _opened(spool, settings.spool_dir))
+    if problems or not settings or routes is None:
+        raise SettingsError(problems)
+    return Worker(settings, routes, spool)
+
+
+def _noted(problems: list[str], read: Callable[[], T]) -> T | None:
+    """What is read, or None and its problems noted."""
     try:
-        served = providers.by_profile(listed)
-    except providers.ProviderConflict as conflict:
-        problems.append(str(conflict))
-        return listed
-    if not served and not problems:
-        problems.append("no provider is set up, so there is nothing to work for" + "".join(f"; {_why_absent(one)}" for one in listed))
-    return listed
+        return read()
+    except SettingsError as wrong:
+        problems += wrong.problems
+        return None
+
+
+def _opened(spool: Spool, folder: Path) -> None:
+    try:
+        spool.open()
+    except OSError as error:
+        raise SettingsError([f"WORKER_SPOOL_DIR: {folder} cannot be used: {error.strerror or error}"]) from None
+
+
+def _routes(listed: Sequence[Listed], order: Mapping[str, Sequence[str]], *, may_be_none: bool) -> dict[str, tuple[Listed, ...]]:
+    """The providers of each profile in their order. Raises SettingsError."""
+    routes = providers.by_profile(listed, order)
+    if not routes and not may_be_none:
+        raise SettingsError(["no provider is set up, so there is nothing to work for" + "".join(f"; {_why_absent(one)}" for one in listed)])
+    return routes
 
 
 def _why_absent(listed: Listed) -> str:

@@ -6,10 +6,10 @@ call `check`. It never sees the queue, a lease or an HTTP request of this servic
     class Echo:
         name = "echo"
         model_profiles = ("echo",)
+        settings = EchoSettings
 
         def __init__(self, environ: Mapping[str, str]) -> None:
-            if environ.get("ECHO") != "on":
-                raise NotConfigured("ECHO is not on")
+            self._settings = provider_settings(EchoSettings, environ)
 
         def check(self) -> Health:
             return Health("ok")
@@ -25,21 +25,27 @@ It becomes one by an entry point of its package; the built-in providers use the 
 The entry point names a class, or any callable, that takes the environment and returns the provider. It raises `NotConfigured` when its
 settings are absent and `SettingsError` when they are wrong. Importing it, making it and `check()` import no heavy package.
 
-A run ends in one of four ways:
+Its settings are declared as an attrs class of fields made by `setting(...)` (see `providers.settings`), and named in the attribute
+`settings` of what the entry point names. That is all it takes to have them read, their problems told at once, listed by
+`ai-service check`, and their secrets taken out of every text that leaves. A provider without settings leaves the attribute out.
+
+A run ends in one of five ways:
 
     return Result(value, usage)     the job is completed
     raise NotNow(category, ...)     this attempt failed, a later one may succeed
-    raise Never(category, ...)      no attempt will ever succeed: the job fails
+    raise Never(category, ...)      no attempt will ever succeed, whoever makes it: the job fails
+    raise Unsupported(...)          this provider cannot do this job, another one of its profile may; if there is none, the job fails
     anything else raised            this attempt failed with the category `internal`; a later one may succeed
+
+A run is called from several threads of the worker at once, on the one provider object of the process, and so is `check()`.
 
 `providers.conformance` holds the tests that every provider must pass, to be inherited by its own. `providers.exchange` is an HTTP request
 that can be called off, as `cancelled` and `deadline` ask for; the built-in providers use it.
 
-Sections: outcomes, job and health, the protocol, discovery, checks, settings.
+Sections: outcomes, job and health, the protocol, discovery, checks.
 """
 
 import logging
-import math
 import re
 import threading
 import time
@@ -49,6 +55,19 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol
 
 import attrs
+
+from providers.settings import (
+    NotConfigured,
+    SettingsError,
+    declared,
+    parse_duration,
+    profile_name,
+    provider_settings,
+    redact,
+    secrets_in,
+    setting,
+    shown_settings,
+)
 
 __all__ = [
     "CANCELLED",
@@ -63,6 +82,7 @@ __all__ = [
     "TRUNCATED",
     "UNAUTHORIZED",
     "UNAVAILABLE",
+    "UNSUPPORTED",
     "Health",
     "Job",
     "Listed",
@@ -71,15 +91,17 @@ __all__ = [
     "NotConfigured",
     "NotNow",
     "Provider",
-    "ProviderConflict",
     "Result",
     "SettingsError",
+    "Unsupported",
     "by_profile",
     "check_all",
     "discover",
     "parse_duration",
+    "provider_settings",
     "redact",
     "secrets_in",
+    "setting",
 ]
 
 log = logging.getLogger("ai_service.providers")
@@ -105,6 +127,8 @@ TRUNCATED = "truncated"
 """The answer was cut off at a length limit and is of no use."""
 INVALID_OUTPUT = "invalid_output"
 """The model answered, but not in the form that was asked for."""
+UNSUPPORTED = "unsupported"
+"""The job asks for something that no provider of its profile can do."""
 CANCELLED = "cancelled"
 """The job was cancelled, or its worker gave it up, while it ran."""
 INTERNAL = "internal"
@@ -120,6 +144,7 @@ CATEGORIES = frozenset(
         CONTEXT_LENGTH_EXCEEDED,
         TRUNCATED,
         INVALID_OUTPUT,
+        UNSUPPORTED,
         CANCELLED,
         INTERNAL,
     }
@@ -169,6 +194,13 @@ class NotNow(NotCompleted):
 
 class Never(NotCompleted):
     """No attempt will succeed with this input: the job fails now, whatever attempts it has left."""
+
+
+class Unsupported(NotCompleted):
+    """This provider cannot do what the job asks for, and has done nothing; another one of the profile may. The job fails if none can."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(UNSUPPORTED, message)
 
 
 # ---------------------------------------------------------------- job and health
@@ -264,18 +296,6 @@ class Provider(Protocol):
         """Do the job and return its result, within the job's deadline; raise `NotNow` or `Never` if there is none."""
 
 
-class NotConfigured(Exception):
-    """Raised by an entry point whose settings are absent; the argument says which, as a sentence."""
-
-
-class SettingsError(Exception):
-    """Raised by an entry point whose settings are wrong: all the problems at once, a plain sentence each, without secret values."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
-
-
 # ---------------------------------------------------------------- discovery
 
 
@@ -293,21 +313,13 @@ class Listed:
     """The wrong settings, a sentence each. A process that runs jobs refuses to start on them."""
     secrets: tuple[str, ...] = attrs.field(default=(), repr=False)
     """Secret values that never leave in a detail or an endpoint."""
+    settings: Mapping[str, str] = attrs.field(factory=dict)
+    """What its declared settings stand at, for an operator to read: secrets only as `(set)`."""
 
     @property
     def model_profiles(self) -> tuple[str, ...]:
         """The profiles it serves, none when it could not be made."""
         return () if self.provider is None else tuple(self.provider.model_profiles)
-
-
-class ProviderConflict(Exception):
-    """Two providers serve one profile, so that a job's way would be a matter of chance. The message names all three."""
-
-    def __init__(self, profile: str, first: Listed, second: Listed) -> None:
-        one, other = (f"{listed.name} ({listed.origin})" for listed in (first, second))
-        super().__init__(f"model profile {profile!r} is served by two providers, {one} and {other}: uninstall or unset one of them")
-        self.profile = profile
-        self.names = (first.name, second.name)
 
 
 def discover(environ: Mapping[str, str]) -> tuple[Listed, ...]:
@@ -319,33 +331,65 @@ def discover(environ: Mapping[str, str]) -> tuple[Listed, ...]:
     return tuple(_listed(entry, environ) for entry in entries)
 
 
-def by_profile(listed: Iterable[Listed]) -> dict[str, Provider]:
-    """Which provider runs a job of a profile. Raises `ProviderConflict` when two of them serve the same one."""
-    chosen: dict[str, Listed] = {}
-    for one in listed:
-        for profile in one.model_profiles:
-            if chosen.setdefault(profile, one) is not one:
-                raise ProviderConflict(profile, chosen[profile], one)
-    return {profile: one.provider for profile, one in chosen.items() if one.provider is not None}
+def by_profile(listed: Sequence[Listed], order: Mapping[str, Sequence[str]] | None = None) -> dict[str, tuple[Listed, ...]]:
+    """The providers that run the jobs of each profile, the first choice first.
+
+    `order` names providers for a profile: those and no others run it, in that order. A profile it leaves out must be served by one provider
+    only. Raises `SettingsError` with all that contradicts this; a provider in the order that could not be made is passed over.
+    """
+    problems: list[str] = []
+    wanted = order or {}
+    served = dict.fromkeys(profile for one in listed for profile in one.model_profiles)
+    chosen = {profile: _ordered(profile, wanted[profile], listed, problems) for profile in wanted}
+    chosen |= {profile: _only(profile, listed, problems) for profile in served if profile not in wanted}
+    if problems:
+        raise SettingsError(problems)
+    return chosen
+
+
+def _ordered(profile: str, names: Sequence[str], listed: Sequence[Listed], problems: list[str]) -> tuple[Listed, ...]:
+    known = {one.name: one for one in listed}
+    unknown = [name for name in names if name not in known]
+    problems += [f"{profile} is to be served by {name}, which is not installed" for name in unknown]
+    made = [known[name] for name in names if name in known and known[name].provider is not None]
+    problems += [f"{profile} is to be served by {one.name}, which does not serve it" for one in made if profile not in one.model_profiles]
+    if not made and not unknown:
+        problems.append(f"{profile} is to be served by {', '.join(names)}: none of them is set up")
+    return tuple(made)
+
+
+def _only(profile: str, listed: Sequence[Listed], problems: list[str]) -> tuple[Listed, ...]:
+    serving = tuple(one for one in listed if profile in one.model_profiles)
+    if len(serving) > 1:
+        names = " and ".join(f"{one.name} ({one.origin})" for one in serving)
+        problems.append(
+            f"{profile} is served by {names}: name their order, as in PROFILE_PROVIDERS={profile}={serving[0].name},{serving[1].name}"
+        )
+    return serving
 
 
 def _listed(entry: EntryPoint, environ: Mapping[str, str]) -> Listed:
     """The provider of one entry point, or why there is none."""
+    facts: dict[str, Any] = {"name": entry.name, "origin": entry.value}
     secrets = secrets_in(environ)
     try:
-        provider: Provider = entry.load()(environ)
+        maker = entry.load()
+        if (kind := getattr(maker, "settings", None)) is not None:
+            facts["settings"] = shown_settings(kind, environ)
+            secrets = secrets_in(environ, declared(kind))
+        provider: Provider = maker(environ)
         _refuse_what_is_no_provider(provider)
     except NotConfigured as absent:
-        return Listed(name=entry.name, origin=entry.value, health=Health("not_configured", redact(str(absent), secrets)))
+        return Listed(**facts, health=Health("not_configured", redact(str(absent), secrets)))
     except SettingsError as wrong:
         problems = tuple(redact(problem, secrets) for problem in wrong.problems)
         log.warning("provider_settings_refused name=%s problems=%s", entry.name, "; ".join(problems))
-        return Listed(name=entry.name, origin=entry.value, health=Health("unavailable", "; ".join(problems)), problems=problems)
+        return Listed(**facts, health=Health("unavailable", "; ".join(problems)), problems=problems)
     except (Exception, SystemExit) as error:  # noqa: BLE001 -- a stranger's code; whatever it does, the others go on
         reason = redact(f"{type(error).__name__}: {error}", secrets)
         log.warning("provider_skipped name=%s origin=%s reason=%s", entry.name, entry.value, reason)
-        return Listed(name=entry.name, origin=entry.value, health=Health("unavailable", reason))
-    return Listed(name=entry.name, origin=entry.value, provider=provider, secrets=secrets)
+        return Listed(**facts, health=Health("unavailable", reason))
+    return Listed(**facts, provider=provider, secrets=secrets)
 
 
 def _refuse_what_is_no_provider(thing: object) -> None:
@@ -355,6 +399,8 @@ def _refuse_what_is_no_provider(thing: object) -> None:
     profiles = getattr(thing, "model_profiles", None)
     if not isinstance(profiles, tuple) or not all(isinstance(profile, str) for profile in profiles):
         raise TypeError(f"{type(thing).__name__}.model_profiles must be a tuple of names")
+    for profile in profiles:
+        profile_name(profile)
 
 
 # ---------------------------------------------------------------- checks
@@ -407,44 +453,3 @@ def _item(listed: Listed, health: Health) -> dict[str, Any]:
     if health.detail:
         item["detail"] = redact(health.detail, listed.secrets)
     return item | {"checked_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")}
-
-
-# ---------------------------------------------------------------- settings
-
-_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_SECONDS = re.compile(_NUMBER)
-_UNITS = re.compile(rf"(?=.)(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?")
-_UNIT_SECONDS = (86_400, 3_600, 60, 1)
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
-
-
-def parse_duration(text: str) -> float:
-    """The seconds of `5m`, `90s`, `1h30m`, `2d`, or of a plain number of seconds. Raises `ValueError` with a sentence that says so."""
-    written = text.strip()
-    units = _UNITS.fullmatch(written)
-    if _SECONDS.fullmatch(written):
-        seconds = float(written)
-    elif units:
-        seconds = sum(float(number) * unit for number, unit in zip(units.groups(), _UNIT_SECONDS, strict=True) if number)
-    else:
-        raise ValueError(f"{text!r} is no duration: write it like 5m, 90s or 1h30m, or as a number of seconds")
-    if not math.isfinite(seconds):
-        raise ValueError("the duration is longer than a number can hold")
-    return seconds
-
-
-def secrets_in(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The values of settings whose names say that they are secret (`…KEY`, `…TOKEN`, `…PASSWORD`…), longest first.
-
-    Values under 6 characters are left out: taking them out of a text would mostly hit words that are no secret.
-    """
-    values = {value.strip() for name, value in environ.items() if _SECRET_NAME.search(name)}
-    return tuple(sorted((value for value in values if len(value) >= 6), key=len, reverse=True))
-
-
-def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without these secrets, and without user info in any URL."""
-    for secret in secrets:
-        text = text.replace(secret, "[secret]")
-    return _USER_INFO.sub("", text)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 from service import Service
 
-from ai_service import Settings, SettingsError, read_settings
+from ai_service import Settings
+from providers.settings import SettingsError, declared
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,8 +43,7 @@ def command(name: str, environment: Mapping[str, str]) -> subprocess.CompletedPr
 
 def test_every_setting_of_the_service_is_in_the_table_with_its_default() -> None:
     told = rows_under("Settings of the service")
-    metadata = [field.metadata for field in attrs.fields(Settings) if field.metadata]
-    assert told == {each["name"]: (each["default"] or "required", each["about"]) for each in metadata}
+    assert told == {each.name: (each.default or "required", each.about) for each in declared(Settings)}
 
 
 @pytest.mark.parametrize("module", ["ai_worker.py", "providers/vllm.py"])
@@ -91,7 +90,7 @@ def test_the_provider_of_the_readme_is_found_and_runs(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text(blocks("toml")[0].replace("project.entry-points.", "").replace('"', ""))
     script = (
         "import providers, threading\n"
-        "echo = providers.by_profile(providers.discover({}))['echo']\n"
+        "echo = providers.by_profile(providers.discover({}))['echo'][0].provider\n"
         "job = providers.Job(id='1', owner_service='o', owner_ref='r', task_type='t', model_profile='echo', "
         "input={'a': 1}, attempt=1, max_attempts=3)\n"
         "print(echo.run(job).value, echo.check().status)\n"
@@ -106,7 +105,7 @@ RIGHT = {"DATABASE_URL": "postgresql://user:hidden-word@127.0.0.1/db"}
 
 
 def test_with_a_database_url_alone_everything_has_its_default() -> None:
-    settings = read_settings(RIGHT)
+    settings = Settings.read(RIGHT)
     assert (settings.http_host, settings.http_port, settings.database_schema, settings.migrate_on_start) == (
         "0.0.0.0",
         8080,
@@ -126,7 +125,7 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_a_wrong_setting_is_named_and_its_secret_is_not(wrong: dict[str, str]) -> None:
     with pytest.raises(SettingsError) as refused:
-        read_settings(RIGHT | wrong)
+        Settings.read(RIGHT | wrong)
     assert len(refused.value.problems) == 1
     assert refused.value.problems[0].startswith(next(iter(wrong)))
     assert "hidden-word" not in str(refused.value)
@@ -135,7 +134,7 @@ def test_a_wrong_setting_is_named_and_its_secret_is_not(wrong: dict[str, str]) -
 def test_all_wrong_settings_are_told_in_one_message() -> None:
     wrong = {name: value for each in WRONG for name, value in each.items()}
     with pytest.raises(SettingsError) as refused:
-        read_settings(wrong)
+        Settings.read(wrong)
     assert len(refused.value.problems) == len(wrong)
 
 

@@ -28,8 +28,8 @@ from postgres import Sql
 from service import INHERITED, MAIN, Corner, Service, wait_until
 
 from ai_client import AIService, RawJSON, object_text
-from ai_worker import MAX_UNDELIVERED, Delivery, Outcome, Settings, SettingsError, Spool, SpoolFull, Watch, Worker
-from providers import GROUP, Health, Job, Listed, Never, NotNow, Result
+from ai_worker import MAX_UNDELIVERED, OVERDUE_SECONDS, Delivery, Outcome, Settings, Spool, SpoolFull, Watch, Worker
+from providers import GROUP, Health, Job, Listed, Never, NotNow, Result, SettingsError, Unsupported
 
 # ---------------------------------------------------------------- a worker in a thread
 
@@ -37,9 +37,8 @@ from providers import GROUP, Health, Job, Listed, Never, NotNow, Result
 class Script:
     """A provider that does what the test says, and remembers the jobs it got."""
 
-    name = "script"
-
-    def __init__(self, profile: str, run: Callable[[Job], Result]) -> None:
+    def __init__(self, profile: str, run: Callable[[Job], Result], name: str = "listed") -> None:
+        self.name = name
         self.model_profiles = (profile,)
         self.health = Health("ok", "as new")
         self.jobs: list[Job] = []
@@ -68,10 +67,13 @@ def work(service: Service, corner: Corner, tmp_path: Path) -> Iterator[Callable[
     """Starts a worker for the corner's profile; it is stopped at the end, and must have ended well."""
     started: list[tuple[Worker, threading.Thread, list[int]]] = []
 
-    def start(run: Callable[[Job], Result], url: str = "", **settings: Any) -> tuple[Worker, Script]:
+    def start(
+        run: Callable[[Job], Result], url: str = "", fallback: Callable[[Job], Result] | None = None, **settings: Any
+    ) -> tuple[Worker, Script]:
         provider = Script(corner.model_profile, run)
+        fallbacks = [Script(corner.model_profile, fallback, "fallback")] if fallback else []
         known = {"url": url or url_of(service), "spool_dir": tmp_path / "spool", "drain_seconds": 0.2, **settings}
-        worker = worker_of(Settings(**known), provider)
+        worker = worker_of(Settings(**known), provider, *fallbacks)
         statuses: list[int] = []
         thread = threading.Thread(target=lambda: statuses.append(worker.run()), daemon=True)
         thread.start()
@@ -85,11 +87,12 @@ def work(service: Service, corner: Corner, tmp_path: Path) -> Iterator[Callable[
         assert statuses == [0]
 
 
-def worker_of(settings: Settings, provider: Script) -> Worker:
+def worker_of(settings: Settings, *scripts: Script) -> Worker:
+    """A worker whose one profile is served by these, in this order."""
     spool = Spool(settings.spool_dir, settings.url, settings.spool_max_bytes)
     spool.open()
-    # The entry point's name counts, whatever the class calls itself.
-    return Worker(settings, [Listed(name="listed", origin="test:Script", provider=provider)], spool)
+    route = tuple(Listed(name=script.name, origin="test:Script", provider=script) for script in scripts)
+    return Worker(settings, {scripts[0].model_profiles[0]: route}, spool)
 
 
 def url_of(service: Service) -> str:
@@ -134,7 +137,9 @@ def test_a_job_is_claimed_run_and_completed(corner: Corner, work: Work, tmp_path
     created = corner.create(input={"n": 1.5}, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
     worker, provider = work(lambda job: Result({"echo": job.input}, {"total_tokens": 7}))
     job = ended(corner, created)
-    assert (job["status"], job["result"], job["usage"]) == ("completed", {"echo": {"n": 1.5}}, {"total_tokens": 7})
+    assert (job["status"], job["result"]) == ("completed", {"echo": {"n": 1.5}})
+    assert job["usage"].pop("running_seconds") >= 0
+    assert job["usage"] == {"total_tokens": 7, "provider": "listed"}
     assert job["worker_id"] == worker.worker_id
     [seen] = provider.jobs
     assert (seen.id, seen.attempt, seen.max_attempts, seen.traceparent) == (created["id"], 1, 3, created["traceparent"])
@@ -203,7 +208,9 @@ def test_every_way_a_run_ends_is_reported(
 def test_the_usage_of_a_failed_attempt_is_reported(corner: Corner, work: Work) -> None:
     created = corner.create()
     work(raises(Never("truncated", "cut", usage={"total_tokens": 9})))
-    assert ended(corner, created)["errors"][0]["usage"] == {"total_tokens": 9}
+    usage = ended(corner, created)["errors"][0]["usage"]
+    assert usage.pop("running_seconds") >= 0
+    assert usage == {"total_tokens": 9, "provider": "listed"}
 
 
 @pytest.mark.parametrize("value", [math.nan, {"a": object()}, "\ud800", 10**5000], ids=["nan", "object", "surrogate", "long"])
@@ -224,7 +231,13 @@ def test_usage_that_the_service_would_refuse_does_not_cost_the_result(corner: Co
     created = corner.create()
     work(lambda job: Result("fine", usage))
     job = ended(corner, created)
-    assert (job["status"], job["result"], job["usage"]) == ("completed", "fine", None)
+    assert (job["status"], job["result"], set(job["usage"])) == ("completed", "fine", {"provider", "running_seconds"})
+
+
+def test_the_raw_usage_goes_first_where_usage_is_too_large(corner: Corner, work: Work) -> None:
+    created = corner.create()
+    work(lambda job: Result("fine", {"total_tokens": 9, "raw": {"long": "x" * 5000}}))
+    assert set(ended(corner, created)["usage"]) == {"total_tokens", "provider", "running_seconds"}
 
 
 def test_a_result_that_the_service_refuses_fails_the_job_once(corner: Corner, work: Work) -> None:
@@ -300,6 +313,96 @@ def test_jobs_side_by_side_that_meet_one_outage_make_one_short_rest(corner: Corn
     work(run, url=between.url)
     between.wait_for("/release", 4)
     assert all(seen.json["delay_seconds"] <= 2 for seen in between.asked("/release")[:4])
+
+
+GONE = NotNow("unavailable", "connection refused", burns_attempt=False)
+
+
+def test_a_job_that_the_first_provider_refuses_goes_to_the_fallback_in_the_same_attempt(corner: Corner, work: Work) -> None:
+    created = corner.create()
+    _, first = work(raises(GONE), fallback=lambda job: Result("from the fallback"))
+    job = ended(corner, created)
+    assert (job["result"], job["attempt"], job["errors"], len(first.jobs)) == ("from the fallback", 1, [], 1)
+    assert job["usage"]["provider"] == "fallback"
+
+
+def test_a_job_comes_back_to_the_first_provider_once_that_works_again(corner: Corner, work: Work) -> None:
+    answers_of_first = iter([GONE])
+
+    def first(job: Job) -> Result:
+        if error := next(answers_of_first, None):
+            raise error
+        return Result("from the first")
+
+    work(first, fallback=lambda job: Result("from the fallback"))
+    assert ended(corner, corner.create())["result"] == "from the fallback"
+    assert wait_until(lambda: ended(corner, corner.create())["result"] == "from the first", what="the way back")
+
+
+def test_an_attempt_that_did_some_work_is_not_repeated_by_the_fallback(corner: Corner, work: Work) -> None:
+    created = corner.create(max_attempts=1)
+    never_asked: list[Job] = []
+    work(raises(NotNow("unavailable", "the connection broke")), fallback=lambda job: Result(never_asked.append(job)))
+    assert ended(corner, created)["error"]["category"] == "unavailable"
+    assert never_asked == []
+
+
+def test_what_one_provider_cannot_do_another_one_does(corner: Corner, work: Work) -> None:
+    created = corner.create()
+    work(raises(Unsupported("no tools here")), fallback=lambda job: Result("from the fallback"))
+    assert ended(corner, created)["result"] == "from the fallback"
+
+
+def test_what_no_provider_can_do_fails_with_its_reason(corner: Corner, work: Work) -> None:
+    created = corner.create()
+    work(raises(Unsupported("no tools here")), fallback=raises(Unsupported("none here either")))
+    assert ended(corner, created)["error"] == {"category": "unsupported", "message": "none here either"}
+
+
+def test_what_only_a_provider_in_trouble_can_do_waits_for_it(corner: Corner, work: Work, between: FakeService) -> None:
+    created = corner.create()
+    work(raises(GONE), fallback=raises(Unsupported("no tools here")), url=between.url)
+    assert between.wait_for("/release").json["delay_seconds"] == 60
+    assert status_is(corner, created, "pending")["errors"] == []
+
+
+def test_an_open_circuit_is_seen_in_workers_and_in_the_status_of_providers(corner: Corner, work: Work) -> None:
+    corner.create()
+    worker, _ = work(raises(NotNow("unauthorized", "wrong key", burns_attempt=False, retry_in_seconds=600)))
+
+    def reported(path: str) -> dict[str, Any] | None:
+        workers = [one for one in corner.api.get(path).json["workers"] if one["worker_id"] == worker.worker_id]
+        providers = [one for told in workers for one in told["providers"] if one["circuit"] == "open"]
+        return providers[0] if providers else None
+
+    for path in ("/api/v1/workers", "/api/v1/providers/status"):
+        provider = wait_until(lambda path=path: reported(path), 40, "the report")  # type: ignore[misc]
+        assert (provider["name"], provider["model_profiles"]) == ("listed", [corner.model_profile])
+        assert provider["detail"] == "unauthorized: wrong key"
+
+
+def test_a_provider_knows_when_its_time_is_over(corner: Corner, work: Work) -> None:
+    created = corner.create()
+    _, provider = work(echo, job_timeout_seconds=60)
+    ended(corner, created)
+    assert 50 < (provider.jobs[0].seconds_left() or 0) <= 60
+
+
+def test_a_provider_that_ignores_the_end_of_its_time_is_left_to_itself(corner: Corner, work: Work) -> None:
+    created = corner.create(max_attempts=1)
+    ignored = threading.Event()
+
+    def run(job: Job) -> Result:
+        assert ignored.wait(30)
+        return Result("far too late")
+
+    # Overdue from the start.
+    worker, _ = work(run, job_timeout_seconds=-OVERDUE_SECONDS, lease_seconds=5)
+    job = ended(corner, created)
+    ignored.set()
+    assert (job["status"], job["error"]["category"], job["usage"]["provider"]) == ("failed", "timeout", "listed")
+    wait_until(lambda: not worker._running, what="the end of the run")
+    assert corner.look(created)["result"] is None
 
 
 def test_the_worker_tells_of_itself(corner: Corner, work: Work, service: Service) -> None:
@@ -605,8 +708,10 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
     wrong = {
         "AI_SERVICE_URL": "http://me:pass-word@host",
         "AI_SERVICE_TOKEN": "two secret-words",
+        "PROFILE_PROVIDERS": "text",
         "WORKER_CONCURRENCY": "0",
         "WORKER_LEASE_SECONDS": "1",
+        "WORKER_JOB_TIMEOUT": "0",
         "WORKER_DRAIN_SECONDS": "soon",
         "WORKER_SPOOL_MAX_BYTES": "1.5",
     }
@@ -621,6 +726,8 @@ def test_settings_have_defaults_and_read_durations() -> None:
     settings = Settings.read({"HOME": "/home/me", "WORKER_DRAIN_SECONDS": "1m30s", "WORKER_LEASE_SECONDS": "90"})
     assert (settings.url, settings.token, settings.concurrency, settings.lease_seconds) == ("http://127.0.0.1:8080", None, 4, 90)
     assert (settings.drain_seconds, settings.spool_dir) == (90, Path("/home/me/.local/state/ai-service/spool"))
+    ordered = Settings.read({"PROFILE_PROVIDERS": "text = vllm , openclaw;vision=vllm;"})
+    assert ordered.profile_providers == {"text": ("vllm", "openclaw"), "vision": ("vllm",)}
     assert Settings.read({"XDG_STATE_HOME": "/state"}).spool_dir == Path("/state/ai-service/spool")
     assert "my-token" not in repr(Settings.read({"AI_SERVICE_TOKEN": "my-token"}))
 
@@ -846,6 +953,19 @@ def test_a_worker_with_wrong_settings_names_them_all(plant: Plant) -> None:
     worker = plant.start(WORKER_SPOOL_DIR=str(plant.folder / "file" / "spool"))
     assert worker.process.wait(20) == 2
     assert worker.has_logged("WORKER_SPOOL_DIR: ")
+
+
+def test_two_providers_of_one_profile_need_an_order(plant: Plant) -> None:
+    installed(plant.folder / "path", "second", "gate:Gate")
+    worker = plant.start()
+    assert worker.process.wait(20) == 2
+    profile = plant.environ["GATE_PROFILE"]
+    assert worker.has_logged(f"{profile} is served by gate (gate:Gate) and second (gate:Gate): name their order")
+    worker = plant.start(PROFILE_PROVIDERS=f"{profile}=second,third")
+    assert worker.process.wait(20) == 2
+    assert worker.has_logged(f"{profile} is to be served by third, which is not installed")
+    worker = plant.start(PROFILE_PROVIDERS=f"{profile}=second,gate")
+    wait_until(lambda: worker.has_logged("worker_started"), what="the start")
 
 
 def test_the_worker_needs_neither_the_service_nor_a_database(plant: Plant) -> None:
