@@ -919,11 +919,15 @@ class ProviderBoard:
         """The installed providers, found when first asked for."""
         return providers.discover(self._environ)
 
+    @functools.cached_property
+    def _checks(self) -> providers.Checks:
+        return providers.Checks(self.listed)
+
     def checked(self) -> str:
         """The providers' health as a JSON array."""
         with self._lock:
             if time.monotonic() - self._checked_at > 5:
-                self._checked = msgspec.json.encode(providers.check_all(self.listed)).decode()
+                self._checked = msgspec.json.encode(self._checks.look()).decode()
                 self._checked_at = time.monotonic()
             return self._checked
 

@@ -49,7 +49,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol
@@ -83,6 +83,7 @@ __all__ = [
     "UNAUTHORIZED",
     "UNAVAILABLE",
     "UNSUPPORTED",
+    "Checks",
     "Health",
     "Job",
     "Listed",
@@ -406,19 +407,29 @@ def _refuse_what_is_no_provider(thing: object) -> None:
 # ---------------------------------------------------------------- checks
 
 
-def check_all(listed: Iterable[Listed], limit_seconds: float = 3.0) -> list[dict[str, Any]]:
-    """Look at all providers at once and say how they are, in the order given, after at most `limit_seconds`. Raises nothing.
+class Checks:
+    """Looks at the same providers again and again. One whose last check has not returned yet is not asked meanwhile."""
 
-    Each item has `name`, `status`, `model_profiles`, `checked_at` (RFC 3339, UTC) and, where known, `models`, `endpoint`, `latency_ms`
-    and `detail`. A provider that has not answered in time is `unavailable`. Secrets and user info are taken out of every text.
-    """
-    until = time.monotonic() + limit_seconds
-    checks = [_Check(one) for one in listed]
-    for check in checks:
-        check.start()
-    for check in checks:
-        check.join(max(0.0, until - time.monotonic()))
-    return [_item(check.listed, check.health or Health("unavailable", f"did not answer within {limit_seconds:g} s")) for check in checks]
+    def __init__(self, listed: Sequence[Listed]) -> None:
+        self._checks = [_Check(one) for one in listed]
+
+    def look(self, limit_seconds: float = 3.0) -> list[dict[str, Any]]:
+        """How all of them are, looked at at once, in their order, after at most `limit_seconds`. Raises nothing. For one thread at a time.
+
+        Each item has `name`, `status`, `model_profiles`, `checked_at` (RFC 3339, UTC) and, where known, `models`, `endpoint`, `latency_ms`
+        and `detail`. A provider that has not answered in time is `unavailable`. Secrets and user info are taken out of every text.
+        """
+        until = time.monotonic() + limit_seconds
+        self._checks = [check if check.is_alive() else check.begun_anew() for check in self._checks]
+        for check in self._checks:
+            check.join(max(0.0, until - time.monotonic()))
+        late = Health("unavailable", f"did not answer within {limit_seconds:g} s")
+        return [_item(check.listed, late if check.is_alive() else check.health or late) for check in self._checks]
+
+
+def check_all(listed: Sequence[Listed], limit_seconds: float = 3.0) -> list[dict[str, Any]]:
+    """One look at all providers, as `Checks.look` does it."""
+    return Checks(listed).look(limit_seconds)
 
 
 class _Check(threading.Thread):
@@ -428,6 +439,12 @@ class _Check(threading.Thread):
         super().__init__(name=f"check-{listed.name}", daemon=True)
         self.listed = listed
         self.health = listed.health
+
+    def begun_anew(self) -> "_Check":
+        """Another look at the same provider, under way."""
+        another = _Check(self.listed)
+        another.start()
+        return another
 
     def run(self) -> None:
         if self.listed.provider is not None:

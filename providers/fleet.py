@@ -32,12 +32,12 @@ from providers import (
     TIMEOUT,
     UNAUTHORIZED,
     UNAVAILABLE,
+    Checks,
     Listed,
     NotCompleted,
     NotNow,
     Result,
     Unsupported,
-    check_all,
     redact,
 )
 
@@ -172,6 +172,7 @@ class Fleet:
         self._routes = routes
         self._listed = list({one.name: one for route in routes.values() for one in route}.values())
         self._circuits = {one.name: Circuit(one.name, clock) for one in self._listed}
+        self._checks = Checks(self._listed)
         self._health: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
 
@@ -186,7 +187,7 @@ class Fleet:
 
     def check(self) -> None:
         """Look at all providers; up to 3 seconds."""
-        health = {item["name"]: item for item in check_all(self._listed)}
+        health = {item["name"]: item for item in self._checks.look()}
         with self._lock:
             self._health = health
             for name, circuit in self._circuits.items():

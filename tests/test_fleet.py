@@ -7,13 +7,15 @@ an outage that cost an attempt           open at the third      open, twice as l
 cancelled, or not its kind of job        closed                 half open
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import attrs
 import pytest
+from service import wait_until
 
-from providers import Health, Job, Listed, Never, NotCompleted, NotNow, Result, Unsupported
+from providers import Checks, Health, Job, Listed, Never, NotCompleted, NotNow, Result, Unsupported
 from providers.fleet import Circuit, Fleet
 
 FINE = Result("fine")
@@ -297,3 +299,22 @@ def test_a_check_reaches_the_circuits(clock: Clock) -> None:
     first.provider.health = Health("ok")
     fleet.check()
     assert fleet.seconds_until_open("text") == 0
+
+
+def test_a_provider_whose_check_hangs_is_not_asked_again_meanwhile() -> None:
+    asked, released = [], threading.Event()
+
+    class Hanging(Stub):
+        def check(self) -> Health:
+            asked.append(self.name)
+            released.wait(30)
+            return Health("ok")
+
+    one = Listed(name="hanging", origin="test:Hanging", provider=Hanging("hanging", ("text",)))
+    checks = Checks([one])
+    for _ in range(3):
+        [item] = checks.look(limit_seconds=0.05)
+        assert (item["status"], item["detail"]) == ("unavailable", "did not answer within 0.05 s")
+    assert asked == ["hanging"]
+    released.set()
+    wait_until(lambda: checks.look()[0]["status"] == "ok" and len(asked) == 2, what="a new look")

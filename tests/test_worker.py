@@ -914,6 +914,10 @@ def test_an_idle_worker_ends_quickly_on_sigint(plant: Plant) -> None:
     assert worker.end(signal.SIGINT, 4) == 0
 
 
+# Longer by hand: AWAY_SECONDS=60 pytest -k time_without_service
+AWAY_SECONDS = float(os.environ.get("AWAY_SECONDS", "0"))
+
+
 def test_a_worker_works_through_a_time_without_service(start_service: Callable[..., Service], plant: Plant, corner: Corner) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -927,6 +931,7 @@ def test_a_worker_works_through_a_time_without_service(start_service: Callable[.
     plant.open_gate()
     wait_until(lambda: worker.has_logged("service_went_away"), what="the loss to be noticed")
     wait_until(lambda: list((plant.folder / "spool").glob("*.outcome")), what="the result on disk")
+    threading.Event().wait(AWAY_SECONDS)
     again = Corner(start_service(HTTP_PORT=port).api)
     assert ended(again, created)["status"] == "completed"
     another = again.create(model_profile=corner.model_profile)
