@@ -6,7 +6,7 @@ demo_jobs.jsonl, shows what becomes of them and takes everything down again; `ru
 Where there is no model service a stand-in answers in its place. It runs no model, and says so in every answer:
 
     LLM_BASE_URL not set    a chat server, `StandInChat`, speaks the part of the OpenAI API that the vLLM provider uses
-    transcribe jobs         a provider, `StandInWhisperX`, takes the place of WhisperX, for which there is no provider yet
+    WHISPERX_URL not set    a transcription server, `StandInWhisperX`, the part that the WhisperX provider uses
 
 Sections: stand-ins, processes, everything together, the demo, run.
 """
@@ -31,8 +31,6 @@ from typing import Any
 
 from ai_client import AIService, Job, NewJob, NotJSON, ServiceError
 from ai_embedded import EmbeddedError, bound_to_this_process, embedded_postgres
-from providers import Health, Result
-from providers import Job as ProviderJob
 
 __all__ = ["DemoFailed", "StandInChat", "StandInWhisperX", "main", "run"]
 
@@ -55,24 +53,11 @@ class DemoFailed(Exception):
 # ── Stand-ins ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class StandInChat(BaseHTTPRequestHandler):
-    """What the vLLM provider asks of a chat server: the list of models, and a completion as a stream of events."""
+class StandIn(BaseHTTPRequestHandler):
+    """A server that answers one request per connection, in the place of a model service."""
 
     protocol_version = "HTTP/1.1"
-    model = "qwen2.5-14b"
-    piece_seconds = 0.04
-
-    def do_GET(self) -> None:
-        """The list of models."""
-        self._send(json.dumps({"object": "list", "data": [{"id": self.model, "object": "model"}]}))
-
-    def do_POST(self) -> None:
-        """One completion, word by word."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._begin("text/event-stream")
-        for event in _completion_events(request, self.model):
-            self.wfile.write(f"data: {event}\n\n".encode())
-            time.sleep(self.piece_seconds)
+    model = ""
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the name is the library's
         """Nothing: the worker's log tells of its requests."""
@@ -87,6 +72,24 @@ class StandInChat(BaseHTTPRequestHandler):
         self.send_header("Content-Type", media_type)
         self.send_header("Connection", "close")
         self.end_headers()
+
+
+class StandInChat(StandIn):
+    """What the vLLM provider asks of a chat server: the list of models, and a completion as a stream of events."""
+
+    piece_seconds = 0.04
+
+    def do_GET(self) -> None:
+        """The list of models."""
+        self._send(json.dumps({"object": "list", "data": [{"id": self.model, "object": "model"}]}))
+
+    def do_POST(self) -> None:
+        """One completion, word by word."""
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._begin("text/event-stream")
+        for event in _completion_events(request, self.model):
+            self.wfile.write(f"data: {event}\n\n".encode())
+            time.sleep(self.piece_seconds)
 
 
 def _completion_events(request: Mapping[str, Any], model: str) -> Iterator[str]:
@@ -125,46 +128,33 @@ def _fitting(schema: Mapping[str, Any]) -> Any:
             return "A stand-in wrote this, no model ran."
 
 
+class StandInWhisperX(StandIn):
+    """What the WhisperX provider asks of a transcription server: its routes, and a transcript, which says that nothing was heard."""
+
+    def do_GET(self) -> None:
+        """The routes."""
+        self._send(json.dumps({"openapi": "3.1.0", "paths": {"/v1/audio/transcriptions": {"post": {}}}}))
+
+    def do_POST(self) -> None:
+        """Half a second later, a transcript."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(0.5)
+        text = "A stand-in wrote this, no audio was heard."
+        self._send(json.dumps({"text": text, "language": "en", "segments": [{"start": 0.0, "end": 0.1, "text": text}]}))
+
+
 @contextmanager
-def _stand_in_chat(model: str) -> Iterator[str]:
-    """The base URL of a stand-in chat server on a free port of this machine."""
-    handler = type("StandInChat", (StandInChat,), {"model": model})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def _standing_in(handler: type[StandIn], model: str = "") -> Iterator[str]:
+    """The address of a stand-in on a free port of this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), {"model": model})) as server:
         server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, name="stand-in-chat", daemon=True)
+        thread = threading.Thread(target=server.serve_forever, name=handler.__name__, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+            yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join()
-
-
-class StandInWhisperX:
-    """A provider for the profile `whisperx` that hears nothing and says so."""
-
-    name = "whisperx-stand-in"
-    model_profiles = ("whisperx",)
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        """Needs no setting."""
-
-    def check(self) -> Health:
-        """Always ok, and always with the remark that it recognises no speech."""
-        return Health("ok", "a stand-in: it recognises no speech")
-
-    def run(self, job: ProviderJob) -> Result:
-        """Half a second later, a transcript without words; no usage, for none is known."""
-        job.cancelled.wait(0.5)
-        return Result({"text": "A stand-in wrote this, no audio was heard.", "segments": []}, None)
-
-
-def _plugin(folder: Path) -> None:
-    """Makes `StandInWhisperX` a provider of the processes that have `folder` on their PYTHONPATH, as an installed package would be."""
-    described = folder / "ai_service_stand_in-1.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: ai-service-stand-in\nVersion: 1\n")
-    (described / "entry_points.txt").write_text("[ai_service.providers]\nwhisperx-stand-in = ai_demo:StandInWhisperX\n")
 
 
 # ── Processes ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,12 +260,11 @@ def _models(environ: Mapping[str, str], *, transcriber: bool) -> Iterator[dict[s
         if not environ.get("LLM_BASE_URL"):
             # A key is for the server it was given for.
             settings.pop("LLM_API_KEY", None)
-            settings["LLM_BASE_URL"] = stack.enter_context(_stand_in_chat(_model(environ)))
+            settings["LLM_BASE_URL"] = stack.enter_context(_standing_in(StandInChat, _model(environ)))
+        if transcriber and not environ.get("WHISPERX_URL"):
+            settings.pop("WHISPERX_API_KEY", None)
+            settings["WHISPERX_URL"] = stack.enter_context(_standing_in(StandInWhisperX))
         paths = [str(Path(__file__).parent), *filter(None, [environ.get("PYTHONPATH")])]
-        if transcriber:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ai-service-plugin-"))
-            _plugin(Path(folder))
-            paths.append(folder)
         yield {**settings, "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -343,8 +332,7 @@ def _demo(environ: Mapping[str, str]) -> int:
         print(f"{batch.created} jobs were sent.")
         ended = _follow(service, [job.id for job in batch.jobs], processes)
     _print_table(ended)
-    everything = "Stand-ins wrote all of these results; the tokens are words."
-    print("A stand-in wrote the results of transcribe." if environ.get("LLM_BASE_URL") else everything)
+    print(_who_wrote(environ))
     return 0 if all(job.status == "completed" for job in ended) else 1
 
 
@@ -361,7 +349,15 @@ def _say_what_is_real(environ: Mapping[str, str], jobs: Sequence[NewJob]) -> Non
     print("AI Service: jobs over REST, through a queue in PostgreSQL and a worker, to a model and back.\n")
     print(f"  database     {place if environ.get('DATABASE_URL') else 'embedded PostgreSQL, in a temporary folder'}")
     print(f"  chat         {chat}" + ("" if environ.get("LLM_BASE_URL") else " (set LLM_BASE_URL for a real one)"))
-    print(f"  transcribe   a local stand-in: no audio is heard ({heard} of the {len(jobs)} jobs)\n", flush=True)
+    heard_by = "the server at WHISPERX_URL" if environ.get("WHISPERX_URL") else "a local stand-in: no audio is heard"
+    print(f"  transcribe   {heard_by} ({heard} of the {len(jobs)} jobs)\n", flush=True)
+
+
+def _who_wrote(environ: Mapping[str, str]) -> str:
+    stand_ins = [kind for name, kind in (("LLM_BASE_URL", "chat"), ("WHISPERX_URL", "transcribe")) if not environ.get(name)]
+    if len(stand_ins) == 2:
+        return "Stand-ins wrote all of these results; the tokens are words."
+    return f"A stand-in wrote the results of {stand_ins[0]}." if stand_ins else "Model servers wrote all of these results."
 
 
 def _follow(service: AIService, ids: Sequence[str], processes: Iterable[_Process]) -> list[Job]:
@@ -471,9 +467,12 @@ def _run(environ: Mapping[str, str], folder: Path) -> int:
 
 
 def _what_works(environ: Mapping[str, str]) -> str:
-    if environ.get("LLM_BASE_URL"):
-        return f"runs jobs of the profile {_model(environ)} on the server at LLM_BASE_URL"
-    return f"answers the profiles {_model(environ)} and whisperx by stand-ins, NO MODEL RUNS: set LLM_BASE_URL for a real one"
+    """What the worker of `run` has for each profile."""
+    served = {_model(environ): "LLM_BASE_URL", "whisperx": "WHISPERX_URL"}
+    real = [f"{profile} on the server at {name}" for profile, name in served.items() if environ.get(name)]
+    missing = [] if environ.get("LLM_BASE_URL") else [profile for profile, name in served.items() if not environ.get(name)]
+    stand_in = f"answers {' and '.join(missing)} by stand-ins, NO MODEL RUNS: set LLM_BASE_URL for a real one" if missing else ""
+    return "; ".join(filter(None, ["runs " + ", ".join(real) if real else "", stand_in]))
 
 
 def _revive(processes: Iterable[_Process]) -> None:

@@ -1436,6 +1436,15 @@ def check(settings: Settings) -> int:
     return 0 if ready else 1
 
 
+def check_worker(environ: Mapping[str, str]) -> int:
+    """Prints what a worker would find, which has no database: the providers. 0 where a job could be run."""
+    print(f"ai-service {__version__}")
+    print("database: DATABASE_URL is not set, so only a worker could run here")
+    listed = providers.discover(environ)
+    _print_providers(listed)
+    return 0 if any(one.provider for one in listed) else 1
+
+
 def _print_providers(listed: Sequence[providers.Listed]) -> None:
     for one, item in zip(listed, providers.check_all(listed), strict=True):
         print(f"provider {item['name']}: {item['status']}{', ' + item['detail'] if item.get('detail') else ''}")
@@ -1473,6 +1482,8 @@ def _run(options: argparse.Namespace) -> int:
         return ai_demo.main(os.environ)
     if options.command == "serve" and options.embedded:
         return _serve_embedded(options.data)
+    if options.command == "check" and not os.environ.get("DATABASE_URL", "").strip():
+        return check_worker(os.environ)
     return _with_settings(os.environ, serve if options.command == "serve" else check)
 
 

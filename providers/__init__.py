@@ -60,8 +60,8 @@ from providers.settings import (
     NotConfigured,
     SettingsError,
     declared,
+    is_profile_name,
     parse_duration,
-    profile_name,
     provider_settings,
     redact,
     secrets_in,
@@ -244,6 +244,15 @@ class Job:
         """Seconds until the deadline, 0 when it has passed, None when there is none."""
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
+    def seconds_allowed(self, limit_seconds: float) -> float:
+        """How long a run may take that has a limit of its own. Raises `NotNow` when it is too late to begin; the attempt is not burnt."""
+        left = self.seconds_left()
+        if self.cancelled.is_set():
+            raise NotNow(CANCELLED, "the job was cancelled before it ran", burns_attempt=False)
+        if left == 0:
+            raise NotNow(TIMEOUT, "the job's deadline had passed before it ran", burns_attempt=False)
+        return limit_seconds if left is None else min(limit_seconds, left)
+
 
 @attrs.frozen
 class Result:
@@ -338,7 +347,7 @@ def by_profile(listed: Sequence[Listed], order: Mapping[str, Sequence[str]] | No
     `order` names providers for a profile: those and no others run it, in that order. A profile it leaves out must be served by one provider
     only. Raises `SettingsError` with all that contradicts this; a provider in the order that could not be made is passed over.
     """
-    problems: list[str] = []
+    problems = _problems_of_names(listed)
     wanted = order or {}
     served = dict.fromkeys(profile for one in listed for profile in one.model_profiles)
     chosen = {profile: _ordered(profile, wanted[profile], listed, problems) for profile in wanted}
@@ -346,6 +355,13 @@ def by_profile(listed: Sequence[Listed], order: Mapping[str, Sequence[str]] | No
     if problems:
         raise SettingsError(problems)
     return chosen
+
+
+def _problems_of_names(listed: Sequence[Listed]) -> list[str]:
+    """Orders, circuits and reports go by name."""
+    made = [one for one in listed if one.provider is not None]
+    twice = {one.name: [other.origin for other in made if other.name == one.name] for one in made}
+    return [f"{name} is the name of several providers, {', '.join(origins)}" for name, origins in twice.items() if len(origins) > 1]
 
 
 def _ordered(profile: str, names: Sequence[str], listed: Sequence[Listed], problems: list[str]) -> tuple[Listed, ...]:
@@ -400,8 +416,9 @@ def _refuse_what_is_no_provider(thing: object) -> None:
     profiles = getattr(thing, "model_profiles", None)
     if not isinstance(profiles, tuple) or not all(isinstance(profile, str) for profile in profiles):
         raise TypeError(f"{type(thing).__name__}.model_profiles must be a tuple of names")
-    for profile in profiles:
-        profile_name(profile)
+    bad = [profile for profile in profiles if not is_profile_name(profile)]
+    if bad:
+        raise ValueError(f"{bad[0][:100]!r} cannot be a model profile: 1 to 100 letters, digits or . _ : / @ + -")
 
 
 # ---------------------------------------------------------------- checks

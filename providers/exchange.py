@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -41,11 +41,21 @@ class Exchange:
     """One request and its answer, ended by its limit, its cancellation or its silence.
 
     A context manager: connecting and all trouble of the network inside it come out as `NotNow`. `idle_seconds` is how long an answer that
-    has begun may pause; before that, only the limit counts.
+    has begun may pause; before that, only the limit counts. `addresses` are tried in this order in place of those that the host has now,
+    for a caller who has looked them up and judged them; Host header and certificate remain those of the URL.
     """
 
-    def __init__(self, url: Url, *, limit_seconds: float, idle_seconds: float = math.inf, cancelled: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        url: Url,
+        *,
+        limit_seconds: float,
+        idle_seconds: float = math.inf,
+        cancelled: threading.Event | None = None,
+        addresses: Sequence[str] = (),
+    ) -> None:
         self._url = url
+        self._addresses = addresses
         self._until = time.monotonic() + limit_seconds
         self._limit_seconds = limit_seconds
         self._idle_seconds = min(idle_seconds, limit_seconds)
@@ -57,13 +67,7 @@ class Exchange:
         self._cut: NotNow | None = None
 
     def __enter__(self) -> Self:
-        try:
-            self._connection.connect()
-        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
-            self._connection.close()
-            category = TIMEOUT if time.monotonic() >= self._until else UNAVAILABLE
-            address = self._url._replace(auth=None, path=None, query=None).url
-            raise NotNow(category, f"cannot reach {address}: {_reason(error)}", burns_attempt=False) from None
+        self._connect()
         self._socket = self._connection.sock
         threading.Thread(target=self._watch, name="exchange-watch", daemon=True).start()
         return self
@@ -79,24 +83,39 @@ class Exchange:
         if network and error is not None:
             raise self._failure_of(error) from None
 
-    def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> urllib3.HTTPResponse:
-        """Send the request and wait for the head of its answer, whatever its status."""
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Iterable[bytes] | None = None) -> urllib3.HTTPResponse:
+        """Send the request and wait for the head of its answer, whatever its status. A body in pieces needs a Content-Length."""
         self._allow(self._until - time.monotonic())
+        if self._addresses:
+            headers = {"Host": self._url._replace(auth=None).netloc or "", **headers}
         # A server may refuse a body before it has read it all: its answer says why.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.request(method, (self._url.path or "") + path, body, headers, preload_content=False)
         self._response = self._connection.getresponse()
         return self._response
 
-    def blocks(self, response: urllib3.HTTPResponse) -> Iterator[bytes]:
+    def blocks(self, response: urllib3.HTTPResponse, max_bytes: float = MAX_ANSWER_BYTES) -> Iterator[bytes]:
         """The body, piece by piece as it arrives."""
         size = 0
         while block := response.read1(65_536):
             yield block
             self._allow(self._idle_seconds)
             size += len(block)
-            if size > MAX_ANSWER_BYTES:
-                raise NotNow(INVALID_OUTPUT, f"gave up an answer of more than {MAX_ANSWER_BYTES} bytes")
+            if size > max_bytes:
+                raise NotNow(INVALID_OUTPUT, f"gave up an answer of more than {max_bytes} bytes")
+
+    def _connect(self) -> None:
+        """Connect to the first address that lets us. Raises `NotNow` when none does."""
+        for address in self._addresses or (None,):
+            self._connection = _connection(self._url, max(0.001, min(CONNECT_SECONDS, self._until - time.monotonic())), address)
+            try:
+                return self._connection.connect()
+            except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+                self._connection.close()
+                reason = _reason(error)
+        category = TIMEOUT if time.monotonic() >= self._until else UNAVAILABLE
+        origin = self._url._replace(auth=None, path=None, query=None).url
+        raise NotNow(category, f"cannot reach {origin}: {reason}", burns_attempt=False)
 
     def _allow(self, seconds: float) -> None:
         """How long one read or write may take. `getresponse` takes it from the connection, everything else from the socket."""
@@ -139,9 +158,12 @@ _SOCKET_OPTIONS: list[tuple[int, int, int | bytes]] = [
 ]
 
 
-def _connection(url: Url, connect_seconds: float) -> urllib3.connection.HTTPConnection:
-    kind = urllib3.connection.HTTPSConnection if url.scheme == "https" else urllib3.connection.HTTPConnection
-    return kind((url.host or "").strip("[]"), url.port, timeout=connect_seconds, socket_options=_SOCKET_OPTIONS)
+def _connection(url: Url, connect_seconds: float, address: str | None = None) -> urllib3.connection.HTTPConnection:
+    host = (url.host or "").strip("[]")
+    options: dict[str, Any] = {"timeout": connect_seconds, "socket_options": _SOCKET_OPTIONS}
+    if url.scheme == "https":
+        return urllib3.connection.HTTPSConnection(address or host, url.port, server_hostname=host, **options)
+    return urllib3.connection.HTTPConnection(address or host, url.port, **options)
 
 
 def _reason(error: BaseException) -> str:

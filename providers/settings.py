@@ -13,6 +13,7 @@ Sections: declaration, reading, readers, what is shown.
 """
 
 import base64
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ __all__ = [
     "duration",
     "flag",
     "header_word",
+    "is_profile_name",
     "pairs",
     "parse_duration",
     "profile_name",
@@ -208,9 +210,14 @@ def header_word(text: str) -> str:
     return text
 
 
+def is_profile_name(text: str) -> bool:
+    """Whether a model profile can be called so."""
+    return re.fullmatch(r"[A-Za-z0-9._:/@+-]{1,100}", text) is not None
+
+
 def profile_name(text: str) -> str:
     """A name that can be a model profile."""
-    if not re.fullmatch(r"[A-Za-z0-9._:/@+-]{1,100}", text):
+    if not is_profile_name(text):
         raise ValueError("must be 1 to 100 letters, digits or . _ : / @ + -, because it is a model profile too")
     return text
 
@@ -272,18 +279,21 @@ def _shown(one: Setting, environ: Mapping[str, str], secrets: Iterable[str]) -> 
 def secrets_in(environ: Mapping[str, str], settings: Iterable[Setting] = ()) -> tuple[str, ...]:
     """The secret values of an environment in every form they may be met, longest first.
 
-    Secret are the values of these settings that say so, of all variables whose names do (`…KEY`, `…TOKEN`, `…PASSWORD`…), and the passwords
-    in URLs. The forms are the text itself, percent-encoded, and in base64 as basic authentication sends it.
+    Secret are the values of these settings that say so, of all variables whose names do (`…KEY`, `…TOKEN`, `…PASSWORD`…; but no numbers, as
+    in MAX_TOKENS), and the passwords in URLs. The forms are the text itself, percent-encoded, as in JSON, and in base64 as basic
+    authentication sends it.
     """
     told = {one.name for one in settings if one.secret}
-    values = {value.strip() for name, value in environ.items() if name in told or _SECRET_NAME.search(name)}
+    values = {
+        value.strip() for name, value in environ.items() if name in told or (_SECRET_NAME.search(name) and not value.strip().isdigit())
+    }
     forms = {form for value in values for form in _forms(value)}
     forms |= {form for value in environ.values() for info in _USER_INFO.findall(value) for form in _user_info_forms(info[:-1])}
     return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=lambda form: (-len(form), form)))
 
 
 def _forms(secret: str) -> Iterator[str]:
-    yield from (secret, quote(secret, safe=""), base64.b64encode(secret.encode(errors="replace")).decode())
+    yield from (secret, quote(secret, safe=""), json.dumps(secret)[1:-1], base64.b64encode(secret.encode(errors="replace")).decode())
 
 
 def _user_info_forms(info: str) -> Iterator[str]:

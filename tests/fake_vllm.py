@@ -9,7 +9,6 @@ By default it says something that fits: an example of the JSON schema asked for,
 vLLM 0.32.0 answered; `captured("503-busy")` is one of those, `replays("503-busy")` gives it as an answer.
 """
 
-import contextlib
 import json
 import select
 import socket
@@ -17,12 +16,12 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import attrs
 
@@ -50,7 +49,7 @@ class FakeVLLM(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, api_key: str | None = "test-key", model: str = "qwen2.5-14b", models: tuple[str, ...] | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), self.handler())
         self.api_key = api_key
         self.models = models or (model,)
         self.seen: list[Seen] = []
@@ -59,6 +58,10 @@ class FakeVLLM(ThreadingHTTPServer):
         self._next: deque[Behaviour] = deque()
         self._default: Behaviour = fits()
         self._changed = threading.Condition()
+
+    def handler(self) -> type["Handler"]:
+        """What meets the requests."""
+        return Handler
 
     @property
     def base_url(self) -> str:
@@ -119,7 +122,7 @@ class FakeVLLM(ThreadingHTTPServer):
 fake_vllm = FakeVLLM
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """Routes, key and the pieces behaviours are made of."""
 
     protocol_version = "HTTP/1.1"
@@ -130,10 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path in ("/health", "/ping"):
             self.send_whole(200, b"")
-        elif not self._key_is_right():
-            self.send_whole(401, b'{"error":"Unauthorized"}')
+        elif not self.key_is_right():
+            self.refuse_key()
         elif self.path == "/v1/models" and self.server.models_behaviour:
-            self._meet(self.server.models_behaviour, Seen(dict(self.headers), {}, time.monotonic()))
+            self.meet(self.server.models_behaviour, Seen(dict(self.headers), {}, time.monotonic()))
         elif self.path == "/v1/models":
             models = [{"id": name, "object": "model", "owned_by": "vllm", "max_model_len": 512} for name in self.server.models]
             self.send_json(200, {"object": "list", "data": models})
@@ -142,18 +145,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        if not self._key_is_right():
-            self.send_whole(401, b'{"error":"Unauthorized"}')
+        if not self.key_is_right():
+            self.refuse_key()
         elif self.path != "/v1/chat/completions":
             self.send_json(404, {"detail": "Not Found"})
         else:
             seen = Seen(dict(self.headers), json.loads(body), time.monotonic())
-            self._meet(self.server.behaviour_for(seen), seen)
+            self.meet(self.server.behaviour_for(seen), seen)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the name http.server calls
         """Quiet: tests look at `seen`."""
 
-    def _meet(self, behaviour: "Behaviour", seen: Seen) -> None:
+    def meet(self, behaviour: "Behaviour", seen: Seen) -> None:
         self.seen = seen
         try:
             behaviour(self)
@@ -161,7 +164,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.client_gone(seen)
             self.close_connection = True
 
-    def _key_is_right(self) -> bool:
+    def refuse_key(self) -> None:
+        self.send_whole(401, b'{"error":"Unauthorized"}')
+
+    def key_is_right(self) -> bool:
         return self.server.api_key is None or self.headers.get("authorization") == f"Bearer {self.server.api_key}"
 
     def send_json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
@@ -211,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 # ---------------------------------------------------------------- behaviours
 
-Behaviour = Callable[[_Handler], None]
+Behaviour = Callable[[Handler], None]
 
 
 def chunk(text: str | None = None, **choice: Any) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def usage_of(text: str) -> dict[str, Any]:
 def says(text: str, finish_reason: str = "stop", usage: Mapping[str, Any] | None = None, between_seconds: float = 0.0) -> Behaviour:
     """A good answer, streamed in pieces when that is asked for."""
 
-    def stream(handler: _Handler) -> None:
+    def stream(handler: Handler) -> None:
         handler.begin_stream()
         for start in range(0, len(text), max(1, len(text) // 4)):
             handler.send_event(chunk(text[start : start + max(1, len(text) // 4)]))
@@ -242,7 +248,7 @@ def says(text: str, finish_reason: str = "stop", usage: Mapping[str, Any] | None
         handler.send_event({**chunk(), "choices": [], "usage": usage_of(text) if usage is None else dict(usage)})
         handler.end_stream()
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         if handler.seen.body.get("stream"):
             return stream(handler)
         message = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
@@ -255,7 +261,7 @@ def says(text: str, finish_reason: str = "stop", usage: Mapping[str, Any] | None
 def fits() -> Behaviour:
     """What fits the request: an example of its JSON schema, an empty object, or a sentence."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         response_format = handler.seen.body.get("response_format") or {}
         schema = (response_format.get("json_schema") or {}).get("schema")
         if response_format.get("type") in ("json_schema", "json_object"):
@@ -280,7 +286,7 @@ def example_of(schema: Mapping[str, Any]) -> Any:
 def streams(*events: Any, done: bool = True) -> Behaviour:
     """These events, bytes as they are; then the end of the stream, with `[DONE]` unless told otherwise."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         handler.begin_stream()
         for event in events:
             handler.send_piece(event) if isinstance(event, bytes) else handler.send_event(event)
@@ -298,7 +304,7 @@ def refuses(status: int, headers: Mapping[str, str] | None = None, body: Any = b
 def slow(first_seconds: float, then: Behaviour | None = None) -> Behaviour:
     """Silence, as in vLLM's queue, and then another behaviour."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         handler.wait(first_seconds)
         (then or fits())(handler)
 
@@ -313,7 +319,7 @@ def hangs() -> Behaviour:
 def goes_silent(pieces: int = 2) -> Behaviour:
     """An answer that begins, and then nothing more, with the connection open."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         handler.begin_stream()
         for _ in range(pieces):
             handler.send_event(chunk("word "))
@@ -325,7 +331,7 @@ def goes_silent(pieces: int = 2) -> Behaviour:
 def unframed() -> Behaviour:
     """An answer without length or chunks, as old proxies send it: the end of the connection looks like its proper end."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         handler.close_connection = True
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream")
@@ -339,7 +345,7 @@ def unframed() -> Behaviour:
 def stays_open(text: str) -> Behaviour:
     """A good answer whose `[DONE]` is not followed by the end of the body."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         handler.begin_stream()
         handler.send_event(chunk(text, finish_reason="stop"))
         handler.send_piece(b"data: [DONE]\n\n")
@@ -351,7 +357,7 @@ def stays_open(text: str) -> Behaviour:
 def trickles() -> Behaviour:
     """One byte of a chunk at a time, for ever: always something to read, never anything whole."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         handler.begin_stream()
         handler.wfile.write(b"ffff\r\ndata: ")
         while True:
@@ -364,7 +370,7 @@ def trickles() -> Behaviour:
 def endless(between_seconds: float = 0.01, text: str = "more ") -> Behaviour:
     """An answer that never comes to its end."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         handler.begin_stream()
         while True:
             handler.send_event(chunk(text))
@@ -376,7 +382,7 @@ def endless(between_seconds: float = 0.01, text: str = "more ") -> Behaviour:
 def drops_connection(after_pieces: int = 2) -> Behaviour:
     """A hard break in the middle of a stream; with 0 pieces, before the first byte."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         if after_pieces:
             handler.begin_stream()
         for _ in range(after_pieces):
@@ -395,36 +401,39 @@ def cut_json() -> Behaviour:
 
 
 @cache
-def captured_answers() -> Mapping[str, dict[str, Any]]:
-    """What a real vLLM answered, by case."""
-    return {answer["case"]: answer for answer in json.loads(ANSWERS.read_text("utf-8"))["answers"]}
+def captured_answers(file: Path = ANSWERS) -> Mapping[str, dict[str, Any]]:
+    """What a real server answered, by case."""
+    return {answer["case"]: answer for answer in json.loads(file.read_text("utf-8"))["answers"]}
 
 
 def captured(case: str) -> dict[str, Any]:
-    """One captured answer: `request`, `status`, `headers`, `body` as text, `seconds`."""
+    """One captured answer of a real vLLM: `request`, `status`, `headers`, `body` as text, `seconds`."""
     return captured_answers()[case]
 
 
 def replays(case: str) -> Behaviour:
     """A captured answer. One that was captured whole is streamed when that is asked for, its text in pieces."""
 
-    def behave(handler: _Handler) -> None:
+    def behave(handler: Handler) -> None:
         answer = captured(case)
-        headers = answer["headers"] or {"content-type": "application/json"}
-        if headers["content-type"].startswith("text/event-stream"):
-            return streams(answer["body"].removesuffix("data: [DONE]\n\n").encode())(handler)
-        if answer["status"] == 200 and handler.seen.body.get("stream"):
+        if answer["status"] == 200 and handler.seen.body.get("stream") and not is_stream(answer):
             whole = json.loads(answer["body"])
             choice = whole["choices"][0]
             return says(choice["message"]["content"], choice["finish_reason"], whole["usage"])(handler)
-        return handler.send_whole(answer["status"], answer["body"].encode(), content_type=headers["content-type"])
+        return as_captured(answer)(handler)
 
     return behave
 
 
-@contextlib.contextmanager
-def closed_port() -> Iterator[str]:
-    """The address of a port nobody listens on while the context lasts."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{cast('tuple[str, int]', held.getsockname())[1]}"
+def as_captured(answer: Mapping[str, Any]) -> Behaviour:
+    """A captured answer as it came, whole or as a stream."""
+    headers = answer["headers"] or {"content-type": JSON}
+    if is_stream(answer):
+        return streams(answer["body"].rstrip().removesuffix("data: [DONE]").encode())
+    sent = {name: value for name, value in headers.items() if name == "retry-after"}
+    return refuses(answer["status"], sent, answer["body"].encode(), headers["content-type"])
+
+
+def is_stream(answer: Mapping[str, Any]) -> bool:
+    """Whether it was captured as a stream."""
+    return str((answer["headers"] or {}).get("content-type")).startswith("text/event-stream")

@@ -196,7 +196,8 @@ def test_run_starts_again_what_dies(environ: dict[str, str], tmp_path: Path) -> 
         served.kill()
         read_until(process, "ai-service serve ended with status -9; starting it again")
         wait_until(lambda: ready(service), seconds=30)
-        job = service.create_job(NewJob("telephony", "beeline/3", "transcribe", "whisperx", input={}))
+        audio = json.loads(ai_demo.JOBS.read_text(encoding="utf-8").splitlines()[0])["input"]
+        job = service.create_job(NewJob("telephony", "beeline/3", "transcribe", "whisperx", input=audio))
         assert service.wait_for_job(job.id, 60).result["text"] == "A stand-in wrote this, no audio was heard."
         process.terminate()
         assert process.wait(60) == 0

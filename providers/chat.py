@@ -1,0 +1,500 @@
+"""What servers with the OpenAI chat API have in common: a job's request, the answer as it streams in, what it used, what a refusal says.
+
+`providers.vllm` and `providers.openclaw` are made of this, and differ in what they send and in what they make of a refusal.
+
+A job's input
+    "text"                                       one user message
+    {"prompt": "text", "system"?: "text", ...}   a user message after a system message
+    {"messages": [...], ...}                     the messages as they are: a whole chat-completions body fits
+    `stream` and `stream_options` are ours and dropped; `n` other than 1 is refused, one job is one answer. What becomes of the other
+    members (temperature, max_tokens, response_format, seed, ...) is the provider's to say.
+
+The result
+    content         the model's text as received; null when it only called tools
+    finish_reason   `stop`; `length` when text was cut at max_tokens; `tool_calls`; or what else the server says
+    model           the model the server says it used
+    json            the parsed text: present if and only if JSON was asked for (`response_format`, or vLLM's `structured_outputs`).
+                    For the exact spelling of its numbers see `content`.
+    tool_calls, reasoning, refusal, logprobs     only when the server sent them
+
+Usage: `prompt_tokens`, `completion_tokens`, `total_tokens` (also where the server says `input_tokens`, `output_tokens`), `model`,
+`time_to_first_token_seconds`, `running_seconds`; `raw` is what the server counted, as it came, unless that is too big to be stored. What is
+not known is left out. Failed attempts have it as far as it is known.
+
+JSON asked for and not delivered is a failure, whatever the status says: cut at a length it is `truncated`, else not valid JSON (no NaN, no
+raw control characters, no half surrogates) `invalid_output`.
+
+Sections: request, exchange, refusals, answer, result.
+"""
+
+import http.client
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import attrs
+import msgspec
+import urllib3
+from urllib3.util import Url
+
+from providers import (
+    CANCELLED,
+    CONTEXT_LENGTH_EXCEEDED,
+    INTERNAL,
+    INVALID_INPUT,
+    INVALID_OUTPUT,
+    RATE_LIMITED,
+    TIMEOUT,
+    TRUNCATED,
+    UNAUTHORIZED,
+    UNAVAILABLE,
+    Job,
+    Never,
+    NotCompleted,
+    NotNow,
+)
+from providers.exchange import MAX_ERROR_BYTES, Exchange, retry_after, said
+
+CHECK_SECONDS = 2.5
+"""Limit of a check, below the 3 s of the contract."""
+MAX_JSON_DEPTH = 400
+"""The service takes 500 levels, and the parsed text stands some levels down in what the worker sends."""
+MAX_RAW_BYTES = 3_000
+"""Usage may have 4,096 bytes, with our own members and the worker's."""
+STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+"""What is asked of a server beside the job's request."""
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------- request
+
+
+def requested(input_: Any) -> dict[str, Any]:
+    """The members of a chat-completions body that a job's input asks for. Raises `Never` when it is none of the forms described above."""
+    given = {"prompt": input_} if isinstance(input_, str) else input_
+    if not isinstance(given, dict):
+        raise Never(INVALID_INPUT, "input must be a text, or an object with messages or prompt")
+    if problems := "; ".join(_problems(given)):
+        raise Never(INVALID_INPUT, problems)
+    return {name: value for name, value in given.items() if name not in ("prompt", "system")} | {"messages": _messages(given)}
+
+
+def _problems(given: Mapping[str, Any]) -> Iterator[str]:
+    if ("messages" in given) == ("prompt" in given):
+        yield "input must have either messages or prompt"
+    if "system" in given and "messages" in given:
+        yield "system goes with prompt; among messages, make it the first one"
+    if given.get("n") not in (None, 1):
+        yield "n must be 1: one job is one answer, create more jobs for more"
+
+
+def _messages(given: Mapping[str, Any]) -> list[Any]:
+    if "messages" in given:
+        messages = given["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+            raise Never(INVALID_INPUT, "messages must be a list of at least one object")
+        return messages
+    texts = {role: given[name] for role, name in (("system", "system"), ("user", "prompt")) if given.get(name) is not None}
+    if not given["prompt"] or not all(isinstance(text, str) for text in texts.values()):
+        raise Never(INVALID_INPUT, "prompt must be a text that is not empty, and system a text")
+    return [{"role": role, "content": text} for role, text in texts.items()]
+
+
+def other_model(request: Mapping[str, Any], ours: str, profile: str) -> Iterator[str]:
+    """A sentence if the request names another model than the one that will answer; its profile's name is as good."""
+    if request.get("model") not in (None, ours, profile):
+        yield f"input asks for the model {str(request['model'])[:100]!r}, but its model_profile is served by {ours!r}"
+
+
+def asks_for_json(body: Mapping[str, Any]) -> bool:
+    """Whether the answer must be JSON."""
+    response_format, structured = body.get("response_format"), body.get("structured_outputs")
+    if isinstance(response_format, dict) and response_format.get("type") in ("json_object", "json_schema"):
+        return True
+    return isinstance(structured, dict) and any(structured.get(name) not in (None, False) for name in ("json", "json_object"))
+
+
+# ---------------------------------------------------------------- exchange
+
+
+@attrs.frozen(kw_only=True)
+class Server:
+    """Where requests go, how long they may take, and what a refusal means there."""
+
+    url: Url = attrs.field(repr=False)
+    """Up to and with its version, such as `/v1`."""
+    authorization: str | None = attrs.field(repr=False)
+    secrets: tuple[str, ...] = attrs.field(repr=False)
+    """Taken out of what the server says."""
+    timeout_seconds: float
+    idle_seconds: float
+    outcome: "Callable[[Refusal], NotCompleted]" = attrs.field(repr=False)
+
+    @property
+    def endpoint(self) -> str:
+        """Its address, without user info."""
+        return self.url._replace(auth=None).url
+
+
+class _PatientExchange(Exchange):
+    """One whose idle limit counts from the model's first word: a server may open its stream at once, and then queue the request."""
+
+    def wait_no_longer_than(self, idle_seconds: float) -> None:
+        self._idle_seconds = min(idle_seconds, self._limit_seconds)
+
+
+def receive(server: Server, job: Job, body: Mapping[str, Any], answer: "Answer") -> None:
+    """Fill the answer from the stream until its end. Raises what the failure means; the answer then holds what had come."""
+    left = job.seconds_left()
+    limit_seconds = server.timeout_seconds if left is None else min(server.timeout_seconds, left)
+    if job.cancelled.is_set():
+        raise NotNow(CANCELLED, "the job was cancelled before it ran", burns_attempt=False)
+    if limit_seconds <= 0:
+        raise NotNow(TIMEOUT, "the job's deadline had passed before it ran", burns_attempt=False)
+    with _PatientExchange(server.url, limit_seconds=limit_seconds, cancelled=job.cancelled) as exchange:
+        response = exchange.send("POST", "/chat/completions", _headers(server, job), json.dumps(body, allow_nan=False).encode())
+        _refuse_bad_status(response, server)
+        for event in _events(response, exchange.blocks(response)):
+            answer.add(_chunk(event, server, answer))
+            answer.report(job)
+            if answer.characters or answer.tool_calls:
+                exchange.wait_no_longer_than(server.idle_seconds)
+        if answer.finish_reason is None:
+            raise NotNow(UNAVAILABLE, "the answer broke off before its end")
+
+
+def _headers(server: Server, job: Job | None = None) -> dict[str, str]:
+    headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity", "User-Agent": "ai-service"}
+    if server.authorization:
+        headers["Authorization"] = server.authorization
+    if job:
+        # vLLM names the request after this, and two of one name at the same time would collide: an attempt given back has its number again.
+        headers |= {"Content-Type": "application/json", "X-Request-Id": f"{job.id}-{job.attempt}-{secrets.token_hex(4)}"}
+    if job and job.traceparent and re.fullmatch(r"[0-9a-f-]{1,200}", job.traceparent):
+        headers["traceparent"] = job.traceparent
+    return headers
+
+
+def _events(response: urllib3.HTTPResponse, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The data of each server-sent event, up to `[DONE]`; of a server that does not stream, the whole body as one.
+
+    An event stands on one line, as vLLM and OpenClaw write it. Comments and other fields are passed over.
+    """
+    if not response.headers.get("content-type", "").startswith("text/event-stream"):
+        yield b"".join(blocks)
+        return
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            if data and line.startswith(b"data:"):
+                yield data
+
+
+def look(server: Server, path: str, kind: type[T], *, limit_seconds: float, fine: tuple[int, ...] = (HTTPStatus.OK,)) -> T:
+    """What a GET answers, as this type. Raises what the refusal means when the status is none of these."""
+    with Exchange(server.url, limit_seconds=limit_seconds) as exchange:
+        response = exchange.send("GET", path, _headers(server))
+        _refuse_bad_status(response, server, fine)
+        text = b"".join(exchange.blocks(response))
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise NotNow(UNAVAILABLE, f"GET {path} was answered with something else than was expected") from None
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+def served_models(server: Server, *, limit_seconds: float = CHECK_SECONDS) -> tuple[str, ...]:
+    """The names in the server's list of models."""
+    return tuple(model.id for model in look(server, "/models", _Models, limit_seconds=limit_seconds).data)
+
+
+def missing(wanted: Iterable[str], models: tuple[str, ...]) -> str | None:
+    """A sentence that names those that are not served; None if all are."""
+    absent = [name for name in dict.fromkeys(wanted) if name not in models]
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{', '.join(absent)} {verb} not among the models served: {', '.join(models) or 'none'}" if absent else None
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@attrs.frozen(kw_only=True)
+class Refusal:
+    """What a server says instead of an answer, or in the middle of one."""
+
+    status: int | None
+    """Of HTTP; in a stream the `code` of the error, None if it has none."""
+    kind: str | None
+    """The error's `type`."""
+    text: str
+    """What it says, cleaned and in short."""
+    retry_in_seconds: float | None = None
+    in_stream: bool = False
+    """Whether it came in a stream of status 200."""
+    begun: bool = False
+    """Whether some of the answer had come before it."""
+
+    @property
+    def message(self) -> str:
+        """It as a sentence."""
+        if self.status is None:
+            return f"the server gave up: {self.text or 'no reason given'}"
+        return f"the server answered {self.status}: {self.text or http.client.responses.get(self.status, 'no reason given')}"
+
+
+def _refuse_bad_status(response: urllib3.HTTPResponse, server: Server, fine: tuple[int, ...] = (HTTPStatus.OK,)) -> None:
+    if response.status in fine:
+        return
+    body = response.read(MAX_ERROR_BYTES)
+    kind, _ = _kind_and_code(body)
+    text = said(body, response.headers.get("content-type", ""), server.secrets)
+    raise server.outcome(Refusal(status=response.status, kind=kind, text=text, retry_in_seconds=retry_after(response)))
+
+
+def _kind_and_code(body: bytes) -> tuple[str | None, int | None]:
+    """`type` of the `error` in a JSON body, and its `code` where that is a status."""
+    try:
+        error = msgspec.json.decode(body, type=_Chunk).error
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None, None
+    facts = error if isinstance(error, dict) else {}
+    kind, code = facts.get("type"), facts.get("code")
+    return kind if isinstance(kind, str) else None, code if type(code) is int and code >= 400 else None
+
+
+_BY_STATUS = {
+    401: (UNAUTHORIZED, False),
+    402: (UNAVAILABLE, False),
+    403: (UNAUTHORIZED, False),
+    404: (UNAVAILABLE, False),
+    405: (UNAVAILABLE, False),
+    408: (TIMEOUT, True),
+    409: (UNAVAILABLE, True),
+    425: (UNAVAILABLE, False),
+    429: (RATE_LIMITED, False),
+    502: (UNAVAILABLE, True),
+    503: (UNAVAILABLE, False),
+    504: (TIMEOUT, True),
+}
+"""Status: category, and whether it burns an attempt. Missing are 3xx (settings), other 4xx (the input's fault) and 5xx (internal)."""
+
+
+def by_status(refusal: Refusal, look_at: Mapping[int, str]) -> NotNow | Never:
+    """What a refusal means by its status alone, which says nothing in a stream without one: internal.
+
+    `look_at` names the settings to look at for a status, or for all that begin with a digit. In a stream, work has been done: an attempt
+    is burnt.
+    """
+    status = refusal.status or 500
+    setting = look_at.get(status) or look_at.get(status // 100)
+    message = f"{refusal.message} (look at {setting})" if setting else refusal.message
+    if 400 <= status < 500 and status not in _BY_STATUS:
+        too_long = re.search(r"maximum context length|max_model_len|context_length_exceeded", refusal.text)
+        return Never(CONTEXT_LENGTH_EXCEEDED if too_long else INVALID_INPUT, message)
+    category, burns = _BY_STATUS.get(status, (INTERNAL, True) if status >= 500 else (UNAVAILABLE, False))
+    return NotNow(category, message, retry_in_seconds=refusal.retry_in_seconds, burns_attempt=burns or refusal.in_stream)
+
+
+# ---------------------------------------------------------------- answer
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    type: str | None = None
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[Any] | None = None
+
+
+class _Choice(msgspec.Struct):
+    """One choice of a chunk; `message` instead of `delta` when a server answers whole instead of in a stream."""
+
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    model: str | None = None
+    usage: dict[str, Any] | None = None
+    error: Any = None
+
+
+def _chunk(event: bytes, server: Server, answer: "Answer") -> _Chunk:
+    try:
+        chunk = msgspec.json.decode(event, type=_Chunk)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise NotNow(UNAVAILABLE, "the answer broke off, or is no chat completion") from None
+    if chunk.error is not None:
+        # Both servers report their failure in a stream of status 200, and end it with [DONE] as if nothing were wrong.
+        kind, code = _kind_and_code(event)
+        text = said(event, "application/json", server.secrets)
+        begun = bool(answer.characters or answer.tool_calls)
+        raise server.outcome(Refusal(status=code, kind=kind, text=text, in_stream=True, begun=begun))
+    return chunk
+
+
+COUNTS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
+"""The token counts of usage: our name, and the other one servers use."""
+
+
+@attrs.define
+class Answer:
+    """What has arrived so far."""
+
+    content: list[str] = attrs.field(factory=list)
+    reasoning: list[str] = attrs.field(factory=list)
+    refusal: list[str] = attrs.field(factory=list)
+    tool_calls: dict[int, dict[str, Any]] = attrs.field(factory=dict)
+    logprobs: list[Any] = attrs.field(factory=list)
+    finish_reason: str | None = None
+    model: str | None = None
+    counted: Mapping[str, Any] = attrs.field(factory=dict)
+    started: float = attrs.field(factory=time.monotonic)
+    begun: float | None = None
+    """When the first piece of a stream came."""
+    characters: int = 0
+    reported: float = -math.inf
+
+    def add(self, chunk: _Chunk) -> None:
+        """Take in one event."""
+        self.model = chunk.model or self.model
+        self.counted = chunk.usage or self.counted
+        for choice in chunk.choices or ():
+            self._add_delta(choice.delta or choice.message or _Delta())
+            self.logprobs += (choice.logprobs and choice.logprobs.content) or []
+            self.finish_reason = choice.finish_reason or self.finish_reason
+            if self.begun is None and choice.delta and (self.characters or self.tool_calls):
+                self.begun = time.monotonic()
+
+    def _add_delta(self, delta: _Delta) -> None:
+        for parts, piece in (
+            (self.content, delta.content),
+            (self.reasoning, delta.reasoning or delta.reasoning_content),
+            (self.refusal, delta.refusal),
+        ):
+            if piece:
+                parts.append(piece)
+                self.characters += len(piece)
+        for position, call in enumerate(delta.tool_calls or ()):
+            self._add_tool_call(position if call.index is None else call.index, call)
+
+    def _add_tool_call(self, index: int, call: _ToolCall) -> None:
+        whole = self.tool_calls.setdefault(index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+        whole["id"] = call.id or whole["id"]
+        if call.function:
+            whole["function"]["name"] += call.function.name or ""
+            whole["function"]["arguments"] += call.function.arguments or ""
+
+    def report(self, job: Job) -> None:
+        """Show how far the answer is, at most once a second."""
+        if time.monotonic() - self.reported >= 1:
+            self.reported = time.monotonic()
+            job.report_progress({"received_characters": self.characters})
+
+    def usage(self) -> dict[str, Any] | None:
+        """Usage as far as it is known; None when nothing had arrived."""
+        if self.model is None and self.begun is None:
+            return None
+        usage: dict[str, Any] = {"model": self.model[:200]} if self.model else {}
+        usage |= {ours: count for ours, theirs in COUNTS.items() if (count := self._count(ours, theirs)) is not None}
+        usage["running_seconds"] = round(time.monotonic() - self.started, 3)
+        if self.begun is not None:
+            usage["time_to_first_token_seconds"] = round(self.begun - self.started, 3)
+        if self.counted and len(json.dumps(self.counted)) <= MAX_RAW_BYTES:
+            usage["raw"] = self.counted
+        return usage
+
+    def _count(self, *names: str) -> int | None:
+        counts = (self.counted.get(name) for name in names)
+        return next((count for count in counts if type(count) is int and count >= 0), None)
+
+
+# ---------------------------------------------------------------- result
+
+
+def value_of(answer: Answer, body: Mapping[str, Any], *, same_again: bool) -> dict[str, Any]:
+    """The result. Raises `NotNow` when the answer is not what was asked for; `Never` if the same request gets the same answer again."""
+    if answer.finish_reason in ("abort", "error"):
+        raise NotNow(UNAVAILABLE, f"the server gave the request up: finish_reason {answer.finish_reason}")
+    value: dict[str, Any] = {
+        "content": "".join(answer.content) if answer.content or not answer.tool_calls else None,
+        "finish_reason": answer.finish_reason,
+        "model": answer.model or body["model"],
+    }
+    if asks_for_json(body) and not (answer.tool_calls and not answer.content):
+        value["json"] = _asked_json(value["content"], answer, Never if same_again else NotNow)
+    extras = {
+        "tool_calls": [call for _, call in sorted(answer.tool_calls.items())],
+        "reasoning": "".join(answer.reasoning),
+        "refusal": "".join(answer.refusal),
+        "logprobs": answer.logprobs,
+    }
+    return value | {name: extra for name, extra in extras.items() if extra}
+
+
+def _asked_json(content: str, answer: Answer, failure: type[NotNow | Never]) -> Any:
+    if answer.finish_reason == "length":
+        raise failure(TRUNCATED, f"the JSON asked for was cut off after {answer.counted.get('completion_tokens', '?')} tokens")
+    try:
+        return _parsed(content)
+    except (ValueError, RecursionError) as error:
+        raise failure(INVALID_OUTPUT, f"the model's answer is not the JSON asked for: {_without_text(error)}") from None
+
+
+def _parsed(content: str) -> Any:
+    """Strict JSON that survives being sent on: `json.loads` alone lets NaN, 1e999 and half surrogates through, encoding does not."""
+    value = json.loads(content)
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    level, depth = [value], 0
+    while level:
+        level = [child for node in level for child in _children(node)]
+        depth += 1
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
+    return value
+
+
+def _children(node: Any) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def _without_text(error: Exception) -> str:
+    """What is wrong with the text, without quoting it: an encoding error's own message would."""
+    if isinstance(error, UnicodeEncodeError):
+        return "half of a surrogate pair"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
