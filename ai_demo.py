@@ -132,8 +132,10 @@ class StandInWhisperX(StandIn):
     """What the WhisperX provider asks of a transcription server: its routes, and a transcript, which says that nothing was heard."""
 
     def do_GET(self) -> None:
-        """The routes."""
-        self._send(json.dumps({"openapi": "3.1.0", "paths": {"/v1/audio/transcriptions": {"post": {}}}}))
+        """The one route, and what it takes."""
+        form = {"type": "object", "properties": {name: {} for name in ("file", "model", "language", "response_format")}}
+        takes = {"requestBody": {"content": {"multipart/form-data": {"schema": form}}}}
+        self._send(json.dumps({"openapi": "3.1.0", "paths": {"/v1/audio/transcriptions": {"post": takes}}}))
 
     def do_POST(self) -> None:
         """Half a second later, a transcript."""

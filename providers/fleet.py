@@ -26,10 +26,12 @@ from typing import Any, Literal
 import attrs
 
 from providers import (
-    CANCELLED,
+    CONTEXT_LENGTH_EXCEEDED,
     INTERNAL,
+    INVALID_OUTPUT,
     RATE_LIMITED,
     TIMEOUT,
+    TRUNCATED,
     UNAUTHORIZED,
     UNAVAILABLE,
     Checks,
@@ -37,7 +39,6 @@ from providers import (
     NotCompleted,
     NotNow,
     Result,
-    Unsupported,
     redact,
 )
 
@@ -45,6 +46,8 @@ log = logging.getLogger("ai_service.providers")
 
 OUTAGES = frozenset({UNAVAILABLE, TIMEOUT, RATE_LIMITED, UNAUTHORIZED, INTERNAL})
 """Categories that speak of the model service rather than of the job."""
+WORKED_ON = frozenset({TRUNCATED, INVALID_OUTPUT, CONTEXT_LENGTH_EXCEEDED})
+"""Categories that only a model service which works can give. The others say nothing: a bad input may never have reached it."""
 OUTAGES_TO_OPEN = 3
 FIRST_SECONDS = 2.0
 MOST_SECONDS = 60.0
@@ -113,7 +116,7 @@ class Circuit:
             self._on_trial = False
         if isinstance(outcome, NotNow) and outcome.category in OUTAGES:
             self._met(outcome, was_trial=was_trial)
-        elif not isinstance(outcome, Unsupported) and getattr(outcome, "category", None) != CANCELLED:
+        elif isinstance(outcome, Result) or outcome.category in WORKED_ON:
             self._worked(was_trial=was_trial)
 
     def _met(self, outage: NotNow, *, was_trial: bool) -> None:

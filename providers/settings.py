@@ -79,11 +79,12 @@ def setting(
     secret: bool = False,
     required: bool | str = False,
 ) -> Any:
-    """A field of a settings class (`kw_only`). `required` may be a hint that follows `NAME is not set`; a secret stays out of `repr`."""
+    """A field of a settings class (`kw_only`). `required` may be a hint that follows `NAME is not set`. None shows in `repr`: a URL may
+    hold a password as well."""
     missing = f"{name} is not set{f'; {required}' if isinstance(required, str) else ''}" if required else None
     one = Setting(name=name, about=about, default=default, read=read, secret=secret, required=missing)
     usual = attrs.NOTHING if required else None if default is None else attrs.Factory(lambda: read(default))
-    return attrs.field(default=usual, repr=not secret, metadata={"setting": one})
+    return attrs.field(default=usual, repr=False, metadata={"setting": one})
 
 
 def declared(kind: type) -> tuple[Setting, ...]:

@@ -109,7 +109,7 @@ def _profiles(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(profile_name(part.strip()) for part in text.split(",") if part.strip()))
 
 
-@attrs.frozen(kw_only=True, repr=False)  # the address may hold a password
+@attrs.frozen(kw_only=True)
 class WhisperXSettings(AudioSettings):
     """The settings of this module's description, and those of the audio."""
 
@@ -192,7 +192,7 @@ class WhisperX:
     def run(self, job: Job) -> Result:
         """Transcribe one file. The attempt is abandoned at the job's deadline or its own limit, and when the job is cancelled."""
         wish = _wish(job.input)
-        _refuse_late(job)
+        job.seconds_allowed(MOST_SECONDS)  # raises NotNow when it is too late to begin
         server = self._server(job)
         server.route_for(wish)  # before the audio is fetched for nothing
         job.report_progress({"stage": "audio"})
@@ -309,13 +309,6 @@ def _limit_seconds(settings: WhisperXSettings, wish: _Wish, audio: Audio) -> flo
     told = wish.duration_seconds if audio.seconds is None else audio.seconds
     allowed = BASE_SECONDS + settings.time_factor * (audio.most_seconds if told is None else told)
     return min(allowed, settings.timeout_seconds if told is None else MOST_SECONDS)
-
-
-def _refuse_late(job: Job) -> None:
-    if job.cancelled.is_set():
-        raise NotNow(CANCELLED, "the job was cancelled before it ran", burns_attempt=False)
-    if job.seconds_left() == 0:
-        raise NotNow(TIMEOUT, "the job's deadline had passed before it ran", burns_attempt=False)
 
 
 def _end(job: Job, seconds: float) -> float:

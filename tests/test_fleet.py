@@ -1,10 +1,10 @@
 """Which provider gets a job, and when a circuit keeps jobs away.
 
 what a run came to                       closed becomes         half open becomes
-a result, or a failure of the job's own  closed                 closed
+a result, or a failure of the answer's   closed                 closed
 refused, no work done                    open                   open, twice as long
 an outage that cost an attempt           open at the third      open, twice as long
-cancelled, or not its kind of job        closed                 half open
+cancelled, bad input, not its kind       closed                 half open
 """
 
 import threading
@@ -61,11 +61,23 @@ def opened_and_over(clock: Clock) -> Circuit:
     return circuit
 
 
-NO_OUTAGE = [FINE, Never("invalid_input", "no audio"), NotNow("invalid_output", "no JSON"), NotNow("audio_unavailable", "gone")]
+WORKED_ON = [FINE, Never("context_length_exceeded", "too long"), NotNow("invalid_output", "no JSON"), NotNow("truncated", "cut")]
+SAYS_NOTHING = [
+    CANCELLED,
+    Unsupported("no tools here"),
+    Never("invalid_input", "no audio"),
+    NotNow("audio_unavailable", "gone"),
+]
 
 
-@pytest.mark.parametrize("outcome", NO_OUTAGE)
-def test_what_is_no_outage_leaves_it_closed_and_ends_a_row(clock: Clock, outcome: Result | NotCompleted) -> None:
+@pytest.mark.parametrize("outcome", SAYS_NOTHING)
+def test_what_says_nothing_of_the_service_changes_nothing(clock: Clock, outcome: NotCompleted) -> None:
+    assert after(clock, outcome, outcome, outcome, outcome).state() == "closed"
+    assert after(clock, BROKE, BROKE, outcome, BROKE).state() == "open"
+
+
+@pytest.mark.parametrize("outcome", WORKED_ON)
+def test_what_was_worked_on_leaves_it_closed_and_ends_a_row(clock: Clock, outcome: Result | NotCompleted) -> None:
     assert after(clock, outcome, outcome, outcome, outcome).state() == "closed"
     assert after(clock, BROKE, BROKE, outcome, BROKE, BROKE).state() == "closed"
 
@@ -103,14 +115,14 @@ def test_half_open_it_lets_one_job_through(clock: Clock) -> None:
     assert not circuit.lets_through()
 
 
-@pytest.mark.parametrize("outcome", NO_OUTAGE)
+@pytest.mark.parametrize("outcome", WORKED_ON)
 def test_a_trial_that_was_worked_on_closes_it(clock: Clock, outcome: Result | NotCompleted) -> None:
     circuit = opened_and_over(clock)
     let_through(circuit, outcome)
     assert (circuit.state(), circuit.why) == ("closed", None)
 
 
-@pytest.mark.parametrize("outcome", [CANCELLED, Unsupported("no tools here")])
+@pytest.mark.parametrize("outcome", SAYS_NOTHING)
 def test_a_trial_that_says_nothing_is_followed_by_another(clock: Clock, outcome: NotCompleted) -> None:
     circuit = opened_and_over(clock)
     let_through(circuit, outcome)

@@ -306,7 +306,7 @@ def test_a_key_the_model_server_refuses_is_tried_again(gateway: FakeOpenClaw) ->
         pytest.param(hangs(), {"OPENCLAW_TIMEOUT": "0.4"}, id="not a byte"),
         pytest.param(endless(), {"OPENCLAW_TIMEOUT": "0.4"}, id="no end"),
         pytest.param(trickles(), {"OPENCLAW_TIMEOUT": "0.4"}, id="a byte at a time"),
-        pytest.param(goes_silent(), {"OPENCLAW_IDLE_TIMEOUT": "0.3"}, id="silence midway"),
+        pytest.param(goes_silent(), {"OPENCLAW_IDLE_TIMEOUT": "0.3", "OPENCLAW_TIMEOUT": "20"}, id="silence midway"),
     ],
 )
 def test_time_limits_end_an_attempt(gateway: FakeOpenClaw, behaviour: Behaviour, settings: Mapping[str, str]) -> None:

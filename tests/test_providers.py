@@ -1025,10 +1025,26 @@ def test_settings_made_by_hand_have_the_same_defaults_and_need_what_is_required(
         Sample(url=made.url)  # type: ignore[call-arg]
 
 
-def test_a_secret_setting_stays_out_of_repr() -> None:
-    shown = repr(read_settings(Sample, {**SAMPLE, "SAMPLE_PIN": "hidden-value"}))
+def test_no_setting_shows_in_repr_for_an_address_may_hold_a_password() -> None:
+    shown = repr(read_settings(Sample, {**SAMPLE, "SAMPLE_PIN": "hidden-value", "SAMPLE_URL": "http://me:pass-word@host"}))
     assert "hidden-value" not in shown
-    assert "me" in shown
+    assert "pass-word" not in shown
+
+
+def test_a_run_is_allowed_its_limit_or_what_is_left_and_nothing_when_it_is_too_late() -> None:
+    assert a_job().seconds_allowed(60) == 60
+    assert 5 < a_job(deadline=time.monotonic() + 10).seconds_allowed(60) <= 10
+    cancelled = threading.Event()
+    cancelled.set()
+    for job, category in (a_job(deadline=time.monotonic() - 1), "timeout"), (a_job(cancelled=cancelled), "cancelled"):
+        with pytest.raises(NotNow) as late:
+            job.seconds_allowed(60)
+        assert (late.value.category, late.value.burns_attempt) == (category, False)
+
+
+def test_two_providers_of_one_name_are_refused() -> None:
+    with pytest.raises(SettingsError, match="same is the name of several providers"):
+        by_profile([listed("a", name="same"), listed("b", name="same")])
 
 
 def test_all_wrong_settings_are_told_at_once_in_their_order() -> None:

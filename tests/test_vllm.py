@@ -267,7 +267,7 @@ def test_tls_to_a_plain_server_is_not_now_and_harmless(server: FakeVLLM) -> None
         pytest.param(hangs(), {"LLM_TIMEOUT": "0.4"}, id="not a byte"),
         pytest.param(endless(), {"LLM_TIMEOUT": "0.4"}, id="no end"),
         pytest.param(trickles(), {"LLM_TIMEOUT": "0.4"}, id="a byte at a time"),
-        pytest.param(goes_silent(), {"LLM_IDLE_TIMEOUT": "0.3"}, id="silence midway"),
+        pytest.param(goes_silent(), {"LLM_IDLE_TIMEOUT": "0.3", "LLM_TIMEOUT": "20"}, id="silence midway"),
     ],
 )
 def test_time_limits_end_an_attempt(server: FakeVLLM, behaviour: Behaviour, settings: Mapping[str, str]) -> None:

@@ -753,13 +753,13 @@ def test_the_limit_follows_from_the_length(input_: Mapping[str, Any], settings: 
 def test_a_retry_after_a_time_out_comes_late(behaviour: Behaviour) -> None:
     with fake_whisperx(SERVICE) as server:
         server.always(behaviour)
-        provider = provider_of(server, WHISPERX_TIMEOUT="1")
+        provider = provider_of(server, WHISPERX_TIMEOUT="0.5")
         outcome = failure_of(provider, job_with(UNMEASURED))
         server.wait_for_hang_ups(1)
         assert (class_of(outcome), outcome.category) == (BURNT, TIMEOUT)
         assert isinstance(outcome, NotNow)
         assert outcome.retry_in_seconds == 60.0
-        again = failure_of(provider, job_with(AUDIO, attempt=2, deadline=time.monotonic() + 1))
+        again = failure_of(provider, job_with(AUDIO, attempt=2, deadline=time.monotonic() + 0.5))
         assert isinstance(again, NotNow)
         assert again.retry_in_seconds == 244.0
 
