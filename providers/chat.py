@@ -43,7 +43,6 @@ import urllib3
 from urllib3.util import Url
 
 from providers import (
-    CANCELLED,
     CONTEXT_LENGTH_EXCEEDED,
     INTERNAL,
     INVALID_INPUT,
@@ -141,29 +140,18 @@ class Server:
         return self.url._replace(auth=None).url
 
 
-class _PatientExchange(Exchange):
-    """One whose idle limit counts from the model's first word: a server may open its stream at once, and then queue the request."""
-
-    def wait_no_longer_than(self, idle_seconds: float) -> None:
-        self._idle_seconds = min(idle_seconds, self._limit_seconds)
-
-
 def receive(server: Server, job: Job, body: Mapping[str, Any], answer: "Answer") -> None:
     """Fill the answer from the stream until its end. Raises what the failure means; the answer then holds what had come."""
-    left = job.seconds_left()
-    limit_seconds = server.timeout_seconds if left is None else min(server.timeout_seconds, left)
-    if job.cancelled.is_set():
-        raise NotNow(CANCELLED, "the job was cancelled before it ran", burns_attempt=False)
-    if limit_seconds <= 0:
-        raise NotNow(TIMEOUT, "the job's deadline had passed before it ran", burns_attempt=False)
-    with _PatientExchange(server.url, limit_seconds=limit_seconds, cancelled=job.cancelled) as exchange:
+    limit_seconds = job.seconds_allowed(server.timeout_seconds)
+    with Exchange(server.url, limit_seconds=limit_seconds, cancelled=job.cancelled) as exchange:
         response = exchange.send("POST", "/chat/completions", _headers(server, job), json.dumps(body, allow_nan=False).encode())
         _refuse_bad_status(response, server)
         for event in _events(response, exchange.blocks(response)):
             answer.add(_chunk(event, server, answer))
             answer.report(job)
             if answer.characters or answer.tool_calls:
-                exchange.wait_no_longer_than(server.idle_seconds)
+                # Not before: a server may open its stream at once, and then queue the request.
+                exchange.limit_idle(server.idle_seconds)
         if answer.finish_reason is None:
             raise NotNow(UNAVAILABLE, "the answer broke off before its end")
 

@@ -117,6 +117,10 @@ class Exchange:
         origin = self._url._replace(auth=None, path=None, query=None).url
         raise NotNow(category, f"cannot reach {origin}: {reason}", burns_attempt=False)
 
+    def limit_idle(self, idle_seconds: float) -> None:
+        """From the next piece on, how long the answer may pause."""
+        self._idle_seconds = min(idle_seconds, self._limit_seconds)
+
     def _allow(self, seconds: float) -> None:
         """How long one read or write may take. `getresponse` takes it from the connection, everything else from the socket."""
         self._connection.timeout = max(0.0, seconds) + 0.1  # the watcher knows better why a limit was reached, so it comes first

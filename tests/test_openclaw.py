@@ -85,6 +85,8 @@ OUTCOMES: dict[str, tuple[str, str]] = {
     "stream-upstream-401": (UNHARMED, UNAUTHORIZED),
     "stream-key-put-aside-after-upstream-401": (UNHARMED, UNAUTHORIZED),
     "upstream-402": (UNHARMED, UNAVAILABLE),
+    "stream-upstream-402": (UNHARMED, UNAVAILABLE),
+    "stream-key-put-aside-after-upstream-402": (UNHARMED, UNAUTHORIZED),
     "upstream-403": (UNHARMED, UNAUTHORIZED),
     "stream-upstream-403": (UNHARMED, UNAUTHORIZED),
     "stream-key-put-aside-after-upstream-403": (UNHARMED, UNAUTHORIZED),
