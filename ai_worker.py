@@ -101,10 +101,12 @@ MAX_UNDELIVERED = 100
 
 # A provider that ignores the end of its time is left to itself so long after it, and the job's attempt counted as failed.
 OVERDUE_SECONDS = 30.0
+# And where such runs hold all slots for so long after they were given up, the worker ends.
+STUCK_SECONDS = 300.0
 # A job that a provider gave back without a reason of its service's waits so long.
 GIVEN_BACK_SECONDS = 2.0
 # And no longer than so, however long the circuit stays open: another worker may be better off.
-MAX_GIVEN_BACK_SECONDS = 300.0
+MAX_GIVEN_BACK_SECONDS = 600.0
 
 T = TypeVar("T")
 
@@ -370,6 +372,8 @@ class _Parcel:
 
     content: Path | Outcome
     safe: threading.Event = field(factory=threading.Event)
+    backoff: Backoff = field(factory=lambda: Backoff(1.0, 300.0))
+    due_at: float = 0.0
 
 
 class Delivery:
@@ -405,8 +409,10 @@ class Delivery:
             try:
                 self._deliver(parcel)
             except (ServiceError, OSError) as error:
-                self._put_off(parcel, error)
-                self._closed.wait(backoff.next_seconds(getattr(error, "retry_after_seconds", None)))
+                is_away = isinstance(error, ServiceUnavailable) and not self._service_answers()
+                self._put_off(parcel, error, is_away=is_away)
+                if is_away:
+                    self._closed.wait(backoff.next_seconds(getattr(error, "retry_after_seconds", None)))
             else:
                 backoff.reset()
                 self._finish(parcel)
@@ -436,20 +442,33 @@ class Delivery:
 
     def _next(self) -> _Parcel | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._parcels or self._closed.is_set())
-            if self._closed.is_set():
-                return None
-            self._in_hand = 1
-            return self._parcels.popleft()
+            while not self._closed.is_set():
+                due = next((parcel for parcel in self._parcels if parcel.due_at <= time.monotonic()), None)
+                if due:
+                    self._parcels.remove(due)
+                    self._in_hand = 1
+                    return due
+                at = min((parcel.due_at for parcel in self._parcels), default=None)
+                self._changed.wait(None if at is None else max(0.0, at - time.monotonic()))
+        return None
 
-    def _put_off(self, parcel: _Parcel, error: ServiceError | OSError) -> None:
-        # To the end, so that one outcome which the service cannot take does not hold up the others.
+    def _service_answers(self) -> bool:
+        """Whether it is ready, so that the trouble lies with the one outcome: a proxy may not let it through."""
+        try:
+            return self._service.readyz()
+        except ServiceError:
+            return True
+
+    def _put_off(self, parcel: _Parcel, error: ServiceError | OSError, *, is_away: bool) -> None:
+        # To the end and, where the trouble is its own, for a while: it must not hold up the others.
+        if not is_away:
+            parcel.due_at = time.monotonic() + parcel.backoff.next_seconds()
         with self._changed:
             self._parcels.append(parcel)
             self._in_hand = 0
-            self._is_stuck = isinstance(error, ServiceUnavailable)
+            self._is_stuck = is_away
             self._changed.notify_all()
-        if isinstance(error, ServiceUnavailable):
+        if is_away and isinstance(error, ServiceError):
             self._watch.failed(error)
         else:
             log.error("outcome_put_off error=%s", error)
@@ -458,7 +477,7 @@ class Delivery:
         parcel.safe.set()
         with self._changed:
             self._in_hand = 0
-            self._is_stuck = self._is_stuck and bool(self._parcels)
+            self._is_stuck = False
             self._changed.notify_all()
 
     def _deliver(self, parcel: _Parcel) -> None:
@@ -518,7 +537,7 @@ class Running:
         self.job, self._fleet = job, fleet
         self.cancelled = threading.Event()
         self.progress: Mapping[str, Any] | None = None
-        self.is_given_up = False
+        self.given_up_at: float | None = None
         self._provider = "none"
         self._started = time.monotonic()
         self._deadline = self._started + timeout_seconds
@@ -536,7 +555,7 @@ class Running:
 
     def give_up(self) -> None:
         """Stop the work; nothing waits for it any more."""
-        self.is_given_up = True
+        self.given_up_at = self.given_up_at or time.monotonic()
         self.cancelled.set()
 
     def overdue(self) -> Outcome | None:
@@ -554,6 +573,12 @@ class Running:
 
     def execute(self) -> Outcome:
         """Let the providers of the profile try it in turn, until one has done some work. Whatever they do, this attempt has an outcome."""
+        try:
+            return self._tried()
+        except Exception as error:  # noqa: BLE001 -- what a stranger's code made of its outcome
+            return self._failed(self._broken(error), retryable=True)
+
+    def _tried(self) -> Outcome:
         try:
             job = self._job()
         except Never as unreadable:
@@ -762,11 +787,8 @@ class Worker:
 
     def _accept(self, claim: Claim) -> None:
         self._claim_id = str(uuid.uuid4())
-        if self._draining.is_set():
-            self._give_back(claim.jobs)
-            return
-        for job in claim.jobs:
-            self._start(job)
+        refused = [job for job in claim.jobs if not self._start(job)]
+        self._give_back(refused)
 
     def _settle_claim(self) -> None:
         """Give back what the last claim took while its connection was shut down.
@@ -799,11 +821,15 @@ class Worker:
 
     # Jobs
 
-    def _start(self, job: ClaimedJob) -> None:
+    def _start(self, job: ClaimedJob) -> bool:
+        """Whether it was started; not once the worker drains."""
         running = Running(job, self._fleet, self._settings.job_timeout_seconds)
         with self._changed:
+            if self._draining.is_set():
+                return False
             self._running[job.id, job.claim_id] = running
         threading.Thread(target=self._guarded, args=("job", lambda: self._execute(running)), name=f"job-{job.id}", daemon=True).start()
+        return True
 
     def _execute(self, running: Running) -> None:
         try:
@@ -838,16 +864,28 @@ class Worker:
 
     def _beat(self) -> None:
         with self._changed:
-            running = [one for one in self._running.values() if not one.is_given_up]
+            everything = list(self._running.values())
+        running = [one for one in everything if one.given_up_at is None]
         self._give_up_overdue(running)
+        self._stop_when_stuck(everything)
         for start in range(0, len(running), MAX_ITEMS):
             self._beat_for(running[start : start + MAX_ITEMS])
 
     def _give_up_overdue(self, running: Iterable[Running]) -> None:
         for one in running:
             if outcome := one.overdue():
-                self._delivery.put(outcome)
                 one.give_up()
+                # Not here: a disk that hangs must not hold up the heartbeats.
+                threading.Thread(target=self._delivery.put, args=(outcome,), daemon=True).start()
+
+    def _stop_when_stuck(self, everything: Sequence[Running]) -> None:
+        """A worker all of whose slots are held by runs that will not end does nothing: better to be started again."""
+        ended = time.monotonic() - STUCK_SECONDS
+        stuck = [one for one in everything if one.given_up_at is not None and one.given_up_at < ended]
+        if len(stuck) >= self._settings.concurrency and not self._draining.is_set():
+            log.error("worker_stuck runs=%d", len(stuck))
+            self._is_broken = True
+            self.stop("stuck")
 
     def _beat_for(self, running: Sequence[Running]) -> None:
         beats = [Beat(one.job.id, one.job.claim_id, self._settings.lease_seconds, one.progress) for one in running]
@@ -868,7 +906,8 @@ class Worker:
 
     def _drain(self, claiming: threading.Thread) -> None:
         """Finish what ends in time, give the rest back, deliver what can be delivered."""
-        self._draining.set()
+        with self._changed:
+            self._draining.set()
         self._claims.close()
         in_time = self._wait_for_jobs(self._settings.drain_seconds)
         self._release_the_rest()

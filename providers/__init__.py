@@ -49,7 +49,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol
@@ -167,7 +167,8 @@ class NotCompleted(Exception):
             raise ValueError(f"a category is lower case letters, digits and _, at most 64 of them: {category!r}")
         super().__init__(f"{category}: {message}")
         self.category = category
-        self.message = message
+        # An exception in its place is a natural slip.
+        self.message = str(message)
         self.usage = usage
 
 
@@ -189,7 +190,7 @@ class NotNow(NotCompleted):
         usage: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(category, message, usage=usage)
-        self.retry_in_seconds = retry_in_seconds
+        self.retry_in_seconds = None if retry_in_seconds is None else float(retry_in_seconds)
         self.burns_attempt = burns_attempt
 
 
@@ -269,6 +270,10 @@ class Result:
 Status = Literal["ok", "degraded", "unavailable", "not_configured"]
 
 
+def _names(names: Iterable[object]) -> tuple[str, ...]:
+    return tuple(map(str, names))
+
+
 @attrs.frozen
 class Health:
     """How a provider's model service is doing.
@@ -279,10 +284,10 @@ class Health:
     """
 
     status: Status = attrs.field(validator=attrs.validators.in_(("ok", "degraded", "unavailable", "not_configured")))
-    detail: str | None = None
-    models: tuple[str, ...] = ()
-    endpoint: str | None = None
-    latency_ms: float | None = None
+    detail: str | None = attrs.field(default=None, converter=attrs.converters.optional(str))
+    models: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    endpoint: str | None = attrs.field(default=None, converter=attrs.converters.optional(str))
+    latency_ms: float | None = attrs.field(default=None, converter=attrs.converters.optional(float))
 
 
 # ---------------------------------------------------------------- the protocol

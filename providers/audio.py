@@ -52,6 +52,8 @@ from providers import CANCELLED, INVALID_INPUT, Job, Never, NotNow, setting
 from providers.exchange import Exchange, retry_after
 from providers.settings import duration, whole
 
+MAX_CHUNKS = 10_000
+"""How many parts of a file are looked at for its length; real ones have a few dozen."""
 AUDIO_UNAVAILABLE = "audio_unavailable"
 """The audio cannot be had now from where the job says it is."""
 SOURCES = ("audio_url", "audio_base64", "audio_path")
@@ -268,7 +270,7 @@ def _fetched(text: str, settings: AudioSettings, job: Job) -> Generator[bytes, N
                     _refuse_what_is_no_file(response, url, settings)
                     yield from exchange.blocks(response, max_bytes=math.inf)
                     return
-                url = _web_url(urljoin(url.url, response.headers.get("location", "")))
+                url = _web_url(_joined(url, response.headers.get("location", "")))
     except NotNow as trouble:
         if trouble.category == CANCELLED:
             raise
@@ -282,6 +284,13 @@ def _asked(url: Url, addresses: list[str], until: float, job: Job) -> Iterator[t
     origin = url._replace(path=None, query=None, fragment=None)
     with Exchange(origin, limit_seconds=left, idle_seconds=IDLE_SECONDS, cancelled=job.cancelled, addresses=addresses) as exchange:
         yield exchange, exchange.send("GET", url.request_uri, _HEADERS)
+
+
+def _joined(url: Url, location: str) -> str:
+    try:
+        return urljoin(url.url, location)
+    except ValueError:
+        return ""
 
 
 def _web_url(text: str) -> Url:
@@ -434,7 +443,9 @@ def _wav(file: IO[bytes], size: int) -> tuple[float | None, str | None]:
     """
     per_second = 0
     at = 12
-    while at + 8 <= size:
+    for _ in range(MAX_CHUNKS):
+        if at + 8 > size:
+            break
         file.seek(at)
         name, length, *_ = struct.unpack("<4sI", file.read(8))
         if name == b"fmt " and length >= 16 and at + 24 <= size:
@@ -452,7 +463,9 @@ def _wav(file: IO[bytes], size: int) -> tuple[float | None, str | None]:
 def _has_index(file: IO[bytes], size: int) -> bool:
     """Whether an MP4 file has its `moov` box, without which nothing in it can be found; a recording that broke off lacks it."""
     at = 0
-    while at + 8 <= size:
+    for _ in range(MAX_CHUNKS):
+        if at + 8 > size:
+            return False
         file.seek(at)
         length, name = struct.unpack(">I4s", file.read(8))
         if name == b"moov":
@@ -462,4 +475,4 @@ def _has_index(file: IO[bytes], size: int) -> bool:
         if length < 8:
             return False
         at += length
-    return False
+    return True

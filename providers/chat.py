@@ -142,9 +142,9 @@ class Server:
 
 def receive(server: Server, job: Job, body: Mapping[str, Any], answer: "Answer") -> None:
     """Fill the answer from the stream until its end. Raises what the failure means; the answer then holds what had come."""
-    limit_seconds = job.seconds_allowed(server.timeout_seconds)
+    limit_seconds, text = job.seconds_allowed(server.timeout_seconds), _encoded(body)
     with Exchange(server.url, limit_seconds=limit_seconds, cancelled=job.cancelled) as exchange:
-        response = exchange.send("POST", "/chat/completions", _headers(server, job), json.dumps(body, allow_nan=False).encode())
+        response = exchange.send("POST", "/chat/completions", _headers(server, job), text)
         _refuse_bad_status(response, server)
         for event in _events(response, exchange.blocks(response)):
             answer.add(_chunk(event, server, answer))
@@ -154,6 +154,14 @@ def receive(server: Server, job: Job, body: Mapping[str, Any], answer: "Answer")
                 exchange.limit_idle(server.idle_seconds)
         if answer.finish_reason is None:
             raise NotNow(UNAVAILABLE, "the answer broke off before its end")
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except ValueError:
+        # 1e999 is JSON that Python reads as infinity.
+        raise Never(INVALID_INPUT, "input holds a number that is too large") from None
 
 
 def _headers(server: Server, job: Job | None = None) -> dict[str, str]:

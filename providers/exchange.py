@@ -29,6 +29,8 @@ from providers import CANCELLED, INVALID_OUTPUT, TIMEOUT, UNAVAILABLE, NotNow, r
 
 CONNECT_SECONDS = 5.0
 """Limit for reaching a server, its address's lookup not counted."""
+MAX_ADDRESSES = 4
+"""How many addresses of a host are tried, within that limit altogether."""
 MESSAGE_CHARACTERS = 500
 """How much of a server's error text is kept."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
@@ -98,16 +100,26 @@ class Exchange:
         """The body, piece by piece as it arrives."""
         size = 0
         while block := response.read1(65_536):
+            self._refuse_cut()
             yield block
             self._allow(self._idle_seconds)
             size += len(block)
             if size > max_bytes:
                 raise NotNow(INVALID_OUTPUT, f"gave up an answer of more than {max_bytes} bytes")
+        self._refuse_cut()
+
+    def _refuse_cut(self) -> None:
+        # Our own cut looks like the end of a body whose length nobody told.
+        if self._cut:
+            raise self._cut
 
     def _connect(self) -> None:
-        """Connect to the first address that lets us. Raises `NotNow` when none does."""
-        for address in self._addresses or (None,):
-            self._connection = _connection(self._url, max(0.001, min(CONNECT_SECONDS, self._until - time.monotonic())), address)
+        """Connect to the first of a few addresses that lets us. Raises `NotNow` when none does."""
+        until = min(self._until, time.monotonic() + CONNECT_SECONDS)
+        for address in self._addresses[:MAX_ADDRESSES] or (None,):
+            if self._cancelled.is_set():
+                raise NotNow(CANCELLED, "the job was cancelled before it ran", burns_attempt=False)
+            self._connection = _connection(self._url, max(0.001, until - time.monotonic()), address)
             try:
                 return self._connection.connect()
             except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:

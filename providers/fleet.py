@@ -11,7 +11,7 @@ through are not claimed for: their jobs stay pending and lose nothing.
 
 What opens a circuit: a refusal, at once, for as long as the service asked, else for 2 s, because asking again would only cost jobs their
 releases; and three outages in a row that did cost an attempt (a connection that broke, a time-out, a failure inside the service), where
-one may be the job's own fault. Each further opening lasts twice as long, up to a minute. Half open, one job at a time is let through.
+one may be the job's own fault. Each further opening lasts twice as long, up to five minutes. Half open, one job at a time is let through.
 
 Sections: circuit, fleet.
 """
@@ -50,11 +50,13 @@ WORKED_ON = frozenset({TRUNCATED, INVALID_OUTPUT, CONTEXT_LENGTH_EXCEEDED})
 """Categories that only a model service which works can give. The others say nothing: a bad input may never have reached it."""
 OUTAGES_TO_OPEN = 3
 FIRST_SECONDS = 2.0
-MOST_SECONDS = 60.0
+MOST_SECONDS = 300.0
 MOST_ASKED_SECONDS = 600.0
 """The longest rest that a service may ask for."""
 DOUBTED_SECONDS = 600.0
-"""How long a bad check alone keeps a circuit open, until a trial has proved it right."""
+"""How long a bad check alone keeps a circuit open; doubled by each trial that proves it right, since each costs a job one of its hundred
+releases, up to an hour: a check can be wrong."""
+MOST_DOUBTED_SECONDS = 3600.0
 CHECK_SECONDS = 30.0
 CHECK_SECONDS_IN_TROUBLE = 5.0
 UNSUPPORTED_SECONDS = 60.0
@@ -80,6 +82,7 @@ class Circuit:
     _on_trial: bool = attrs.field(default=False, init=False)
     _was_asked: bool = attrs.field(default=False, init=False)
     _is_down: bool = attrs.field(default=False, init=False)
+    _doubts: int = attrs.field(default=0, init=False)
     _doubted_until: float = attrs.field(default=0.0, init=False)
 
     def state(self) -> State:
@@ -114,7 +117,8 @@ class Circuit:
         """How a job ended that it had let through."""
         if was_trial:
             self._on_trial = False
-        if isinstance(outcome, NotNow) and outcome.category in OUTAGES:
+        if isinstance(outcome, NotNow) and outcome.category in OUTAGES and (outcome.burns_attempt or outcome.category != TIMEOUT):
+            # A time-out that did no work is the end of the job's own time.
             self._met(outcome, was_trial=was_trial)
         elif isinstance(outcome, Result) or outcome.category in WORKED_ON:
             self._worked(was_trial=was_trial)
@@ -136,8 +140,8 @@ class Circuit:
         own = min(MOST_SECONDS, FIRST_SECONDS * 2.0 ** min(self._openings - 1, 30)) * random.uniform(0.75, 1.0)
         seconds = own if asked is None else min(max(asked, 0.0), MOST_ASKED_SECONDS)
         self._was_asked, self._until = asked is not None, self._clock() + seconds
-        # A trial that failed while the check was bad proves the check right: it then holds as long as it says so.
-        self._doubted_until = float("inf") if was_trial and self._is_down else self._clock() + DOUBTED_SECONDS
+        self._doubts = self._doubts + 1 if was_trial and self._is_down else 0
+        self._doubted_until = self._clock() + min(MOST_DOUBTED_SECONDS, DOUBTED_SECONDS * 2.0 ** min(self._doubts, 10))
         self.why = f"{outage.category}: {outage.message}"
         log.warning("circuit_opened provider=%s category=%s seconds=%.1f openings=%d", self.name, outage.category, seconds, self._openings)
 

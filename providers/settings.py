@@ -305,7 +305,8 @@ def _user_info_forms(info: str) -> Iterator[str]:
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without these secrets, and without user info in any URL."""
+    """The text without these secrets, without user info in any URL, and as any JSON reader takes it: no half surrogates, no NUL."""
+    text = text.encode("utf-8", "replace").decode().replace("\0", "")
     for secret in secrets:
         text = text.replace(secret, "[secret]")
     return _USER_INFO.sub("", text)

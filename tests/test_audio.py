@@ -437,7 +437,9 @@ def test_an_address_that_cannot_be_used_is_final(url: str) -> None:
     assert "password" not in outcome.message
 
 
-@pytest.mark.parametrize("location", ["ftp://127.0.0.1/call.wav", "file:///etc/passwd", "http://user:password@127.0.0.1/", "http://é/"])
+@pytest.mark.parametrize(
+    "location", ["ftp://127.0.0.1/call.wav", "file:///etc/passwd", "http://user:password@127.0.0.1/", "http://é/", "http://["]
+)
 def test_a_redirect_must_lead_to_what_could_have_been_asked_for(files: Files, location: str) -> None:
     files.paths["/moved"] = answers(302, Location=location.encode().decode("latin-1"))
     assert isinstance(failure_of({"audio_url": f"{files.url}/moved"}), Never)
@@ -786,3 +788,13 @@ def test_a_size_bounds_the_length_and_a_known_length_is_the_length() -> None:
 
 def test_audio_does_not_show_what_it_holds() -> None:
     assert "file" not in repr(got({"audio_base64": encoded(WAV)}).audio)
+
+
+@pytest.mark.parametrize("head", [b"RIFF\xff\xff\xff\xffWAVE", b"\x00\x00\x00\x10ftypM4A \x00\x00\x00\x00"], ids=["wav", "mp4"])
+def test_a_file_of_nothing_but_tiny_parts_is_soon_done_with(head: bytes) -> None:
+    part = b"abcd\x00\x00\x00\x00" if head.startswith(b"RIFF") else b"\x00\x00\x00\x08free"
+    began = time.monotonic()
+    sent = {"audio_base64": base64.b64encode(head + part * 2_000_000).decode()}
+    with contextlib.suppress(Never), audio_of(job_with(sent), settings_of()) as audio:
+        assert audio.seconds is None
+    assert time.monotonic() - began < 1.5

@@ -1042,6 +1042,14 @@ def test_a_run_is_allowed_its_limit_or_what_is_left_and_nothing_when_it_is_too_l
         assert (late.value.category, late.value.burns_attempt) == (category, False)
 
 
+def test_slips_in_an_outcome_or_in_health_break_nothing_further_on() -> None:
+    assert Never("invalid_input", ValueError("no audio")).message == "no audio"  # type: ignore[arg-type]
+    assert NotNow("unavailable", "later", retry_in_seconds="30").retry_in_seconds == 30  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="soon"):
+        NotNow("unavailable", "later", retry_in_seconds="soon")  # type: ignore[arg-type]
+    assert Health("unavailable", OSError("gone"), models=[1]) == Health("unavailable", "gone", models=("1",))  # type: ignore[arg-type]
+
+
 def test_two_providers_of_one_name_are_refused() -> None:
     with pytest.raises(SettingsError, match="same is the name of several providers"):
         by_profile([listed("a", name="same"), listed("b", name="same")])

@@ -486,6 +486,7 @@ def test_parameters_go_along_and_streaming_stays_ours(server: FakeVLLM) -> None:
         {"messages": [{}], "system": "a"},
         {"prompt": "a", "model": "other"},
         {"prompt": "a", "n": 2},
+        {"prompt": "a", "temperature": float("inf")},
         {"prompt": "a", "guided_json": {}},
     ],
     ids=str,

@@ -188,6 +188,7 @@ OUTCOMES = [
     (Never("invalid_input", "no audio"), "failed", "invalid_input", "no audio"),
     (NotNow("timeout", "too slow", retry_in_seconds=3600), "pending", "timeout", "too slow"),
     (NotNow("unavailable", "bad \0\ud800"), "pending", "unavailable", "bad ?"),
+    (Never("invalid_input", ValueError("no audio")), "failed", "invalid_input", "no audio"),  # type: ignore[arg-type]
     (ValueError("my-payload"), "pending", "internal", "the provider raised ValueError at test_worker.py:"),
     (SystemExit("my-payload"), "pending", "internal", "the provider raised SystemExit at test_worker.py:"),
 ]
@@ -250,6 +251,15 @@ def test_a_result_that_the_service_refuses_fails_the_job_once(corner: Corner, wo
     assert (job["status"], job["error"]["category"]) == ("failed", "invalid_output")
     assert "too_deep" in job["error"]["message"]
     assert len(provider.jobs) == 1
+
+
+def test_one_result_that_a_proxy_lets_never_through_does_not_stop_the_worker(corner: Corner, work: Work, between: FakeService) -> None:
+    poison = corner.create()
+    between.always(f"/{poison['id']}/complete", problem(504, "gateway_timeout"))
+    work(echo, url=between.url)
+    between.wait_for("/complete", 2)
+    assert ended(corner, corner.create())["status"] == "completed"
+    assert corner.look(poison)["status"] == "running"
 
 
 def test_a_result_larger_than_the_service_takes_fails_the_job_once(
@@ -504,7 +514,8 @@ def test_a_lost_answer_of_a_claim_brings_its_jobs_the_next_time(corner: Corner, 
 
 
 def test_nothing_is_claimed_while_a_result_waits_for_the_service(corner: Corner, work: Work, between: FakeService) -> None:
-    between.always("/complete", problem(503, "unavailable"))
+    for path in ("/complete", "/readyz"):
+        between.always(path, problem(503, "unavailable"))
     between.behave("/jobs/claim", forwards(), answers(200, {"claim_id": "c", "jobs": []}))
     first = corner.create()
     work(echo, url=between.url)
@@ -512,7 +523,8 @@ def test_nothing_is_claimed_while_a_result_waits_for_the_service(corner: Corner,
     second = corner.create()
     between.wait_for("/complete", 5)
     assert len(between.asked("/jobs/claim")) == 2
-    between.always("/complete", forwards())
+    for path in ("/complete", "/readyz"):
+        between.always(path, forwards())
     assert [ended(corner, job)["attempt"] for job in (first, second)] == [1, 1]
 
 
