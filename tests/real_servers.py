@@ -68,6 +68,14 @@ class Server:
         self.process.wait()
         self.process = None
 
+    def stop(self) -> None:
+        """End it in good order, as it may have processes in groups of their own; at once if it takes long."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+        self.kill()
+
     def gauge(self, name: str) -> float:
         """A metric of its `/metrics`."""
         text = urllib3.request("GET", f"{self.url}/metrics", retries=False, timeout=5).data.decode()
@@ -97,4 +105,4 @@ def real_server(name: str, folder: Path, ready_path: str, *arguments: str, **env
         server.start()
         yield server
     finally:
-        server.kill()
+        server.stop()
