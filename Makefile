@@ -5,7 +5,8 @@
 #   make test     the tests
 #   make check    lint, types and tests: what CI runs
 #   make chaos    20,000 jobs while service processes are killed again and again
-#   make bench    what claims cost, at full size
+#   make bench    what the service gets through over HTTP, beside graphile-worker, Procrastinate and the database by itself (needs npm)
+#   make bench-full   the same for longer, and what claims cost with a million jobs
 #
 # Settings are read from the environment: `LLM_BASE_URL=http://127.0.0.1:8000 make demo` uses a real model server.
 
@@ -15,7 +16,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check chaos bench clean
+.PHONY: help demo run test lint format types check chaos bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -46,6 +47,10 @@ chaos: $(VENV)/.ready
 	CHAOS_JOBS=20000 $(VENV)/bin/python -m pytest -s tests/test_chaos.py
 
 bench: $(VENV)/.ready
+	$(VENV)/bin/python bench/run.py --peers pgbench,graphile,procrastinate
+
+bench-full: $(VENV)/.ready
+	$(VENV)/bin/python bench/run.py --seconds 30 --jobs 100000 --peers pgbench,graphile,procrastinate
 	$(VENV)/bin/python bench/claim.py
 
 # The environment: made anew when it is missing or another Python's, brought up to date when pyproject.toml has changed.

@@ -89,16 +89,17 @@ class Server:
         return False
 
 
+def command_of(name: str, port: int, **fields: str) -> list[str]:
+    """The words of REAL_<name>_COMMAND for this port; skips the test where it is not set."""
+    command = os.environ.get(f"REAL_{name}_COMMAND") or pytest.skip(f"REAL_{name}_COMMAND names no server")
+    return [*shlex.split(command.format(port=port, **fields)), *([] if "{port}" in command else [str(port)])]
+
+
 @contextmanager
 def real_server(name: str, folder: Path, ready_path: str, *arguments: str, **environment: str) -> Iterator[Server]:
     """The server that REAL_<name>_COMMAND starts; fields of the command in lower case, the rest of `environment` for its process."""
-    command = os.environ.get(f"REAL_{name}_COMMAND")
-    if not command:
-        pytest.skip(f"REAL_{name}_COMMAND names no server")
-    fields = {field: value for field, value in environment.items() if field.islower()}
     port = free_port()
-    words = shlex.split(command.format(port=port, **fields))
-    words += [] if "{port}" in command else [str(port)]
+    words = command_of(name, port, **{field: value for field, value in environment.items() if field.islower()})
     own = {field: value for field, value in environment.items() if not field.islower()}
     server = Server([*words, *arguments], port, folder / f"{name.lower()}.log", own, ready_path)
     try:

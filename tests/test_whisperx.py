@@ -1,8 +1,8 @@
 """The WhisperX provider against fake servers that answer as real ones were seen to; at the end, against real ones if there are any.
 
 A real server: REAL_WHISPERX_URL and REAL_WHISPERX_KEY in the environment, REAL_FIXTURES for the folder of speech, and `pytest -m real`.
-For the tests that start and kill servers: REAL_WHISPERX_COMMAND, a command that starts one in the foreground, takes the port as its last
-argument, and DIALECT, SHAPE and BLOCKING from the environment.
+For the tests that start and kill servers: REAL_WHISPERX_COMMAND as real_servers.py has it, a command that also takes DIALECT, SHAPE and
+BLOCKING from the environment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import contextlib
 import itertools
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -46,6 +45,7 @@ from fake_whisperx import (
     trickles,
     works_on,
 )
+from real_servers import command_of
 
 from providers import (
     CANCELLED,
@@ -1163,12 +1163,11 @@ class Started:
 
 @contextlib.contextmanager
 def started(dialect: str, shape: str, blocking: bool) -> Iterator[Started]:
-    if "REAL_WHISPERX_COMMAND" not in os.environ or sys.platform != "linux":
-        pytest.skip("REAL_WHISPERX_COMMAND starts no server")
+    if sys.platform != "linux":
+        pytest.skip("looks at /proc")
     with closed_port() as url:
-        port = url.rpartition(":")[2]
+        command = command_of("WHISPERX", int(url.rpartition(":")[2]))
     environ = os.environ | {"DIALECT": dialect, "SHAPE": shape, "BLOCKING": "1" if blocking else ""}
-    command = [*shlex.split(os.environ["REAL_WHISPERX_COMMAND"]), port]
     process = subprocess.Popen(command, env=environ, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     server = Started(process, url, blocking)
     try:

