@@ -8,7 +8,7 @@ import logging
 import re
 import select
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +209,20 @@ def literal(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
-        return "{" + ",".join(map(_element, value)) + "}"
+        return _texts(value) if value and all(type(each) is str for each in value) else _elements(value)
     return str(value)
+
+
+def _texts(texts: Sequence[str]) -> str:
+    """An array of texts, escaped all at once. A NUL parts them meanwhile; PostgreSQL refuses a text that has one itself."""
+    joined = "\0".join(texts)
+    if joined.count("\0") >= len(texts):
+        return _elements(texts)
+    return '{"' + joined.replace("\\", "\\\\").replace('"', '\\"').replace("\0", '","') + '"}'
+
+
+def _elements(values: Sequence[Any]) -> str:
+    return "{" + ",".join(map(_element, values)) + "}"
 
 
 def _element(value: Any) -> str:

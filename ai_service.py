@@ -289,6 +289,11 @@ def _with_texts(call: str) -> str:
     )
 
 
+def _outcomes_of(call: str) -> str:
+    """A statement that calls for jobs and gives their outcomes in order, as one value: pg8000 takes its time over each row."""
+    return f"select json_agg(o.outcome order by o.n)::text from {call} o"  # noqa: S608  a constant of this module
+
+
 class Queue:
     """A job's life in PostgreSQL, one statement each. Times are the database's. Every method raises a Refusal."""
 
@@ -299,8 +304,8 @@ class Queue:
 
     def create(self, jobs: Sequence[NewJob]) -> list[Created]:
         """Creates jobs, all or none; a job whose idempotency_key exists is the one that exists."""
-        rows = self.database.run(f"-- queue.create\nselect id::text, status, created from {_CREATE}", **_columns(jobs))
-        return [Created(*row) for row in rows]
+        statement = f"-- queue.create\nselect json_agg(json_build_array(id, status, created) order by n)::text from {_CREATE}"
+        return [Created(*row) for row in _array(self.database.run(statement, **_columns(jobs))[0][0])]
 
     def create_apart(self, jobs: Sequence[NewJob]) -> list[tuple[bool, str, JobText]]:
         """Creates jobs of callers that know nothing of each other, all or none: whether each is new, its id and text."""
@@ -384,8 +389,7 @@ class Queue:
 
     def complete(self, ids: Sequence[str], completions: Sequence[Completion]) -> list[str]:
         """Completes jobs, each by itself; an outcome per job."""
-        rows = self.database.run(f"-- queue.complete\nselect o.outcome from {_COMPLETE} o", ids=ids, **_completion_columns(completions))
-        return [row[0] for row in rows]
+        return self._outcomes(f"-- queue.complete\n{_outcomes_of(_COMPLETE)}", ids, _completion_columns(completions))
 
     def complete_apart(self, items: Sequence[tuple[str, Completion]]) -> list[JobText | Refusal]:
         """Completes jobs for callers that know nothing of each other, each by itself, and returns them as they are now."""
@@ -395,8 +399,7 @@ class Queue:
 
     def fail(self, ids: Sequence[str], failures: Sequence[Failure]) -> list[str]:
         """Fails attempts; a retryable one with attempts left goes back to pending after its delay or the back-off."""
-        rows = self.database.run(f"-- queue.fail\nselect o.outcome from {_FAIL} o", ids=ids, **_failure_columns(failures))
-        return [row[0] for row in rows]
+        return self._outcomes(f"-- queue.fail\n{_outcomes_of(_FAIL)}", ids, _failure_columns(failures))
 
     def fail_one(self, job_id: str, failure: Failure) -> JobText:
         """Fails one attempt and returns the job as it is now."""
@@ -404,12 +407,14 @@ class Queue:
 
     def release(self, ids: Sequence[str], releases: Sequence[Release]) -> list[str]:
         """Gives jobs back, the attempt not counted."""
-        rows = self.database.run(f"-- queue.release\nselect o.outcome from {_RELEASE} o", ids=ids, **_release_columns(releases))
-        return [row[0] for row in rows]
+        return self._outcomes(f"-- queue.release\n{_outcomes_of(_RELEASE)}", ids, _release_columns(releases))
 
     def release_one(self, job_id: str, release: Release) -> JobText:
         """Gives one job back and returns it as it is now."""
         return self._finish_one(f"-- queue.release_one\n{_with_texts(_RELEASE)}", job_id, _release_columns([release]))
+
+    def _outcomes(self, statement: str, ids: Sequence[str], columns: Mapping[str, Any]) -> list[str]:
+        return _array(self.database.run(statement, ids=ids, **columns)[0][0])
 
     def _finish_one(self, statement: str, job_id: str, columns: Mapping[str, Any]) -> JobText:
         outcome, facts, result = self.database.run(statement, ids=[job_id], **columns)[0]

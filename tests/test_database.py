@@ -130,6 +130,11 @@ def test_other_values_go_in_as_text(value: object, text: str | None) -> None:
     assert literal(value) == text
 
 
+def test_a_nul_within_a_text_is_not_taken_for_what_parts_the_texts() -> None:
+    assert literal(["a\0b", "c"]) == '{"a\0b","c"}'
+    assert literal(['"', "\\", "é", ""]) == '{"\\"","\\\\","é",""}'
+
+
 def test_a_connection_left_in_the_middle_of_something_is_not_lent_again(database: Database) -> None:
     with pytest.raises(KeyboardInterrupt), database._lent(5):
         raise KeyboardInterrupt
