@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -27,8 +28,8 @@ from fake_vllm import fake_vllm
 from postgres import Sql
 from service import INHERITED, MAIN, Corner, Service, wait_until
 
-from ai_client import AIService, RawJSON, object_text
-from ai_worker import MAX_UNDELIVERED, OVERDUE_SECONDS, Delivery, Outcome, Settings, Spool, SpoolFull, Watch, Worker
+from ai_client import AIService, ClaimedJob, RawJSON, object_text
+from ai_worker import MAX_UNDELIVERED, OVERDUE_SECONDS, STUCK_SECONDS, Delivery, Outcome, Running, Settings, Spool, SpoolFull, Watch, Worker
 from providers import GROUP, Health, Job, Listed, Never, NotNow, Result, SettingsError, Unsupported
 
 # ---------------------------------------------------------------- a worker in a thread
@@ -413,6 +414,19 @@ def test_a_provider_that_ignores_the_end_of_its_time_is_left_to_itself(corner: C
     assert (job["status"], job["error"]["category"], job["usage"]["provider"]) == ("failed", "timeout", "listed")
     wait_until(lambda: not worker._running, what="the end of the run")
     assert corner.look(created)["result"] is None
+
+
+@pytest.mark.parametrize(("seconds_ago", "ends"), [(STUCK_SECONDS + 1, True), (STUCK_SECONDS - 10, False)])
+def test_a_worker_all_of_whose_slots_hang_for_long_ends_itself(tmp_path: Path, seconds_ago: float, ends: bool) -> None:
+    worker = worker_of(Settings(spool_dir=tmp_path, concurrency=1), Script("text", echo))
+    facts = {"owner_service": "o", "owner_ref": "r", "task_type": "t", "model_profile": "text", "attempt": 1, "max_attempts": 1}
+    job = ClaimedJob(id="1", claim_id="c", lease_seconds=120, raw_input=RawJSON("1"), **facts)
+    hanging, healthy = (Running(job, worker._fleet, 60) for _ in range(2))
+    hanging.given_up_at = monotonic() - seconds_ago
+    worker._stop_when_stuck([healthy])
+    assert worker._stops.empty()
+    worker._stop_when_stuck([hanging])
+    assert (not worker._stops.empty(), worker._is_broken) == (ends, ends)
 
 
 def test_the_worker_tells_of_itself(corner: Corner, work: Work, service: Service) -> None:
