@@ -159,18 +159,18 @@ def single_lives(client: Client, until: float) -> int:
 
 def creates(client: Client, until: float) -> int:
     """Creates one by one."""
-    done = 0
-    while time.monotonic() < until:
-        client.create_one("create")
-        done += 1
-    return done
+    return _again(lambda: client.create_one("create"), until)
 
 
 def health(client: Client, until: float) -> int:
     """Asks for the health of the process."""
+    return _again(lambda: client.get("/healthz"), until)
+
+
+def _again(call: Callable[[], object], until: float) -> int:
     done = 0
     while time.monotonic() < until:
-        client.get("/healthz")
+        call()
         done += 1
     return done
 

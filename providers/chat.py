@@ -52,6 +52,7 @@ from providers import (
     TRUNCATED,
     UNAUTHORIZED,
     UNAVAILABLE,
+    Health,
     Job,
     Never,
     NotCompleted,
@@ -220,7 +221,19 @@ def served_models(server: Server, *, limit_seconds: float = CHECK_SECONDS) -> tu
     return tuple(model.id for model in look(server, "/models", _Models, limit_seconds=limit_seconds).data)
 
 
-def missing(wanted: Iterable[str], models: tuple[str, ...]) -> str | None:
+def health_of(server: Server, wanted: Iterable[str], ask: Callable[[], tuple[str, ...]]) -> Health:
+    """How a server is that is asked for its models: `degraded` when one of those wanted is not among them."""
+    started = time.monotonic()
+    try:
+        models = ask()
+    except NotCompleted as trouble:
+        return Health("unavailable", trouble.message, endpoint=server.endpoint)
+    absent = _missing(wanted, models)
+    latency_ms = (time.monotonic() - started) * 1000
+    return Health("degraded" if absent else "ok", absent, models=models, endpoint=server.endpoint, latency_ms=latency_ms)
+
+
+def _missing(wanted: Iterable[str], models: tuple[str, ...]) -> str | None:
     """A sentence that names those that are not served; None if all are."""
     absent = [name for name in dict.fromkeys(wanted) if name not in models]
     verb = "is" if len(absent) == 1 else "are"

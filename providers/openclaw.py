@@ -67,8 +67,8 @@ from providers.chat import (
     Refusal,
     Server,
     by_status,
+    health_of,
     look,
-    missing,
     other_model,
     receive,
     requested,
@@ -167,16 +167,7 @@ class OpenClaw:
 
         The model server behind the gateway is not looked at: nothing there tells how it is.
         """
-        started = time.monotonic()
-        try:
-            self._hold_off()
-            _expect_readiness(self._server)
-            models = served_models(self._server, limit_seconds=CHECK_SECONDS - (time.monotonic() - started))
-        except NotCompleted as trouble:
-            return Health("unavailable", trouble.message, endpoint=self._server.endpoint)
-        absent = missing(self._models.values(), models)
-        latency_ms = (time.monotonic() - started) * 1000
-        return Health("degraded" if absent else "ok", absent, models=models, endpoint=self._server.endpoint, latency_ms=latency_ms)
+        return health_of(self._server, self._models.values(), self._agents)
 
     def run(self, job: Job) -> Result:
         """Run one chat completion, abandoned at the job's deadline, at OPENCLAW_TIMEOUT or when the job is cancelled."""
@@ -190,6 +181,13 @@ class OpenClaw:
         except NotCompleted as outcome:
             outcome.usage = _usage(answer, body["model"])
             raise
+
+    def _agents(self) -> tuple[str, ...]:
+        """The agents of a gateway that is ready. Raises `NotNow`."""
+        started = time.monotonic()
+        self._hold_off()
+        _expect_readiness(self._server)
+        return served_models(self._server, limit_seconds=CHECK_SECONDS - (time.monotonic() - started))
 
     def _hold_off(self) -> None:
         """Raises `NotNow` while a refused token is not to be tried again."""

@@ -22,7 +22,6 @@ temperature 0): then the failure is final.
 """
 
 import re
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ import attrs
 from urllib3.util import Url
 
 from providers import INVALID_INPUT, UNAVAILABLE, Health, Job, Never, NotCompleted, NotNow, Result
-from providers.chat import STREAMED, Answer, Refusal, Server, by_status, missing, other_model, receive, requested, served_models, value_of
+from providers.chat import STREAMED, Answer, Refusal, Server, by_status, health_of, other_model, receive, requested, served_models, value_of
 from providers.settings import (
     authorization,
     duration,
@@ -100,14 +99,7 @@ class VLLM:
 
     def check(self) -> Health:
         """Ask for the list of models, with the key. `degraded` when one of ours is not among them."""
-        started = time.monotonic()
-        try:
-            models = served_models(self._server)
-        except NotCompleted as trouble:
-            return Health("unavailable", trouble.message, endpoint=self._server.endpoint)
-        absent = missing(tuple(self._models.values()), models)
-        latency_ms = (time.monotonic() - started) * 1000
-        return Health("degraded" if absent else "ok", absent, models=models, endpoint=self._server.endpoint, latency_ms=latency_ms)
+        return health_of(self._server, self._models.values(), lambda: served_models(self._server))
 
     def run(self, job: Job) -> Result:
         """Run one chat completion, abandoned at the job's deadline, at LLM_TIMEOUT or when the job is cancelled."""
