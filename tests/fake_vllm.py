@@ -13,17 +13,15 @@ import json
 import select
 import socket
 import struct
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import attrs
+from fake_models import FakeModelServer
 
 JSON = "application/json"
 ANSWERS = Path(__file__).with_name("answers") / "vllm.json"
@@ -42,22 +40,14 @@ class Seen:
     """When its client was seen to hang up before the answer was complete, on `time.monotonic()`'s clock."""
 
 
-class FakeVLLM(ThreadingHTTPServer):
+class FakeVLLM(FakeModelServer):
     """The server. A context manager that listens on a free port of 127.0.0.1 until it is left."""
 
-    daemon_threads = True
-    request_queue_size = 128
-
     def __init__(self, api_key: str | None = "test-key", model: str = "qwen2.5-14b", models: tuple[str, ...] | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), self.handler())
+        super().__init__(self.handler(), fits())
         self.api_key = api_key
         self.models = models or (model,)
-        self.seen: list[Seen] = []
-        self.closing = threading.Event()
         self.models_behaviour: Behaviour | None = None
-        self._next: deque[Behaviour] = deque()
-        self._default: Behaviour = fits()
-        self._changed = threading.Condition()
 
     def handler(self) -> type["Handler"]:
         """What meets the requests."""
@@ -66,57 +56,13 @@ class FakeVLLM(ThreadingHTTPServer):
     @property
     def base_url(self) -> str:
         """The address to put into LLM_BASE_URL."""
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        return f"{self.origin}/v1"
 
     @property
     def environ(self) -> dict[str, str]:
         """The provider's settings for this server."""
         key = {"LLM_API_KEY": self.api_key} if self.api_key else {}
         return {"LLM_BASE_URL": self.base_url, "LLM_MODEL": self.models[0]} | key
-
-    def behave(self, *behaviours: "Behaviour") -> None:
-        """How the next chat requests are met, one behaviour each."""
-        self._next.extend(behaviours)
-
-    def always(self, behaviour: "Behaviour") -> None:
-        """How chat requests are met when nothing else is set for them."""
-        self._default = behaviour
-
-    def wait_until(self, true: Callable[[], bool], within_seconds: float = 10.0) -> None:
-        """Wait for something the server sees. Raises `AssertionError` when it does not come."""
-        with self._changed:
-            assert self._changed.wait_for(true, within_seconds), f"not within {within_seconds} s; seen: {len(self.seen)} requests"
-
-    def wait_for_requests(self, count: int, within_seconds: float = 10.0) -> None:
-        """Wait until so many chat requests have arrived."""
-        self.wait_until(lambda: len(self.seen) >= count, within_seconds)
-
-    def wait_for_hang_ups(self, count: int, within_seconds: float = 10.0) -> None:
-        """Wait until so many clients have hung up on their requests."""
-        self.wait_until(lambda: sum(seen.gone_at is not None for seen in self.seen) >= count, within_seconds)
-
-    def behaviour_for(self, seen: Seen) -> "Behaviour":
-        with self._changed:
-            self.seen.append(seen)
-            self._changed.notify_all()
-            return self._next.popleft() if self._next else self._default
-
-    def client_gone(self, seen: Seen) -> None:
-        with self._changed:
-            seen.gone_at = time.monotonic()
-            self._changed.notify_all()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is what these tests are about, not an error to print."""
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, name="fake-vllm", daemon=True).start()
-        return self
-
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None) -> None:
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
 
 
 fake_vllm = FakeVLLM

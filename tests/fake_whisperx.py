@@ -19,21 +19,19 @@ import json
 import select
 import socket
 import struct
-import threading
 import time
 import wave
-from collections import deque
 from collections.abc import Callable, Mapping
 from email.parser import BytesParser
 from email.policy import HTTP
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import attrs
+from fake_models import FakeModelServer
 
 ANSWERS = Path(__file__).with_name("answers")
 TRANSCRIPTIONS, TRANSLATIONS, ASR = "/v1/audio/transcriptions", "/v1/audio/translations", "/asr"
@@ -113,35 +111,27 @@ class Seen:
         return options
 
 
-class FakeWhisperX(ThreadingHTTPServer):
+class FakeWhisperX(FakeModelServer):
     """The server. A context manager that listens on a free port of 127.0.0.1 until it is left."""
 
-    daemon_threads = True
-    request_queue_size = 128
-
     def __init__(self, kind: str = "whisperx-api-server", api_key: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler, hears())
         self.kind = kind
         self.api_key = "test-key" if api_key is None and kind in ("whisperx-api-server", "whisper-vllm") else api_key
         self.looks_up = kind == "whisperx-api-server"
         self.description: Any = described(_ROUTES[kind], looks_up=self.looks_up)
         self.looks = 0
         """How often the description was asked for."""
-        self.seen: list[Seen] = []
         self.asked_for: list[str] = []
         """The paths of all requests, in their order."""
         self.kept: dict[str, tuple[str, bytes]] = {}
         """State and answer of each request that named itself, where the kind keeps these."""
-        self.closing = threading.Event()
         self.description_behaviour: Behaviour | None = None
-        self._next: deque[Behaviour] = deque()
-        self._default: Behaviour = hears()
-        self._changed = threading.Condition()
 
     @property
     def base_url(self) -> str:
         """The address to put into WHISPERX_URL."""
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return self.origin
 
     @property
     def environ(self) -> dict[str, str]:
@@ -152,27 +142,6 @@ class FakeWhisperX(ThreadingHTTPServer):
     def routes(self) -> Mapping[str, Any]:
         """The paths that it has and tells of."""
         return self.description.get("paths", {}) if isinstance(self.description, dict) else {}
-
-    def behave(self, *behaviours: Behaviour) -> None:
-        """How the next transcriptions are met, one behaviour each."""
-        self._next.extend(behaviours)
-
-    def always(self, behaviour: Behaviour) -> None:
-        """How transcriptions are met when nothing else is set for them."""
-        self._default = behaviour
-
-    def wait_until(self, true: Callable[[], bool], within_seconds: float = 10.0) -> None:
-        """Wait for something the server sees. Raises `AssertionError` when it does not come."""
-        with self._changed:
-            assert self._changed.wait_for(true, within_seconds), f"not within {within_seconds} s; asked for: {self.asked_for}"
-
-    def wait_for_requests(self, count: int) -> None:
-        """Wait until so many transcriptions have been asked for."""
-        self.wait_until(lambda: len(self.seen) >= count)
-
-    def wait_for_hang_ups(self, count: int) -> None:
-        """Wait until so many clients have hung up on their requests."""
-        self.wait_until(lambda: sum(seen.gone_at is not None for seen in self.seen) >= count)
 
     def keep(self, request_id: str, state: str, answer: bytes = b"") -> None:
         """What is known from now on of the request of this name."""
@@ -185,29 +154,6 @@ class FakeWhisperX(ThreadingHTTPServer):
             self.asked_for.append(path)
             self.looks += path == "/openapi.json"
             self._changed.notify_all()
-
-    def behaviour_for(self, seen: Seen) -> Behaviour:
-        with self._changed:
-            self.seen.append(seen)
-            self._changed.notify_all()
-            return self._next.popleft() if self._next else self._default
-
-    def client_gone(self, seen: Seen) -> None:
-        with self._changed:
-            seen.gone_at = time.monotonic()
-            self._changed.notify_all()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is what these tests are about, not an error to print."""
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, name="fake-whisperx", daemon=True).start()
-        return self
-
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None) -> None:
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
 
 
 fake_whisperx = FakeWhisperX
