@@ -148,6 +148,9 @@ class Settings:
     http_threads: int = setting(
         "HTTP_THREADS", "threads; all but 32 of them may hold waiting requests", default="256", read=whole(40, 2000)
     )
+    http_one_core: bool = setting(
+        "HTTP_ONE_CORE", "keep the threads to one core, the least busy: waking them on another costs more", default="true", read=flag
+    )
     max_body_bytes: int = setting("MAX_BODY_BYTES", "largest request body, in bytes", default=str(32 << 20), read=whole(1024, 1 << 30))
     drain_seconds: float = setting("DRAIN_SECONDS", "from SIGTERM to the close of the listener", default="5", read=duration(0))
     retention: timedelta | None = setting("RETENTION", "how long finished jobs are kept, or `forever`", default="30d", read=_read_retention)
@@ -1512,6 +1515,7 @@ def serve(settings: Settings) -> int:
         problem=refused_by_server,
         drain=service.drain,
         drain_seconds=settings.drain_seconds,
+        one_core=settings.http_one_core,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)

@@ -1,0 +1,101 @@
+"""The server under waitress: its loop, and the core that its threads keep to."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from service import Service, running_service, wait_until
+
+from ai_server import Core
+
+CORES = sorted(os.sched_getaffinity(0))
+several_cores = pytest.mark.skipif(len(CORES) < 2, reason="this machine lends one core")
+
+
+@pytest.fixture
+def any_core() -> Iterator[None]:
+    """The test may move: its threads are put back."""
+    yield
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), CORES)
+
+
+def cores_of(service: Service) -> set[int]:
+    """Where the threads of a service may run."""
+    threads = Path(f"/proc/{service.process.pid}/task").iterdir()
+    return set().union(*(os.sched_getaffinity(int(thread.name)) for thread in threads))
+
+
+def open_files(service: Service) -> int:
+    """How many descriptors a service has open."""
+    return len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
+
+
+def write_busy(stat: Path, busy: dict[int, int]) -> None:
+    """The kernel's account of its cores, in ticks."""
+    stat.write_text("cpu 9 9 9 9 9 9 9 9 9 9\n" + "".join(f"cpu{core} {ticks} 0 0 500 7 0 0 0 0 0\n" for core, ticks in busy.items()))
+
+
+@several_cores
+def test_all_threads_of_the_service_keep_to_one_core(postgres_url: str, schema: str) -> None:
+    with running_service(postgres_url, schema) as service:
+        assert len(cores_of(service)) == 1
+
+
+@several_cores
+def test_threads_run_anywhere_where_one_core_is_not_wanted(postgres_url: str, schema: str) -> None:
+    with running_service(postgres_url, schema, HTTP_ONE_CORE="false") as service:
+        assert cores_of(service) == set(CORES)
+
+
+@several_cores
+def test_the_threads_leave_a_core_that_others_use(tmp_path: Path, any_core: None) -> None:
+    busy = dict.fromkeys(CORES, 1000)
+    write_busy(tmp_path / "stat", busy)
+    core = Core(CORES, tmp_path / "stat")
+    first, now = core.number, 0.0
+    assert os.sched_getaffinity(0) == {first}
+    core.look(now)
+    # Each look leaves it to chance: two services that share a core must not both leave it.
+    while core.number == first and now < 400:
+        busy[first] += 200
+        write_busy(tmp_path / "stat", busy)
+        now += 2
+        core.look(now)
+    assert core.number != first
+    assert os.sched_getaffinity(0) == {core.number}
+
+
+@several_cores
+def test_the_threads_stay_where_nobody_else_is(tmp_path: Path, any_core: None) -> None:
+    busy = dict.fromkeys(CORES, 1000)
+    write_busy(tmp_path / "stat", busy)
+    core = Core(CORES, tmp_path / "stat")
+    first = core.number
+    for look in range(40):
+        busy[first] += 10
+        write_busy(tmp_path / "stat", busy)
+        core.look(2.0 * look)
+    assert core.number == first
+
+
+def test_a_hundred_idle_connections_and_requests_in_a_row_on_one(postgres_url: str, schema: str) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with running_service(postgres_url, schema) as service:
+        address = ("127.0.0.1", service.api.port)
+        idle = [socket.create_connection(address) for _ in range(100)]
+        with socket.create_connection(address, timeout=20) as busy:
+            # More than one at a time: the connection is not read meanwhile, and must be read again afterwards.
+            busy.sendall(request * 20)
+            answers = b""
+            while answers.count(b'"status":"ok"') < 20:
+                answers += busy.recv(65536) or pytest.fail(f"closed after {answers!r}")
+            for _ in range(20):
+                busy.sendall(request)
+                assert b'"status":"ok"' in busy.recv(65536)
+        before = open_files(service)
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: open_files(service) <= before - 100, what="the connections' end")
