@@ -658,9 +658,14 @@ def structure_item(item: msgspec.Raw, kind: type[T], at: str, defaults: Mapping[
     return structure({**defaults, **fields}, kind, at)
 
 
+_NO_USAGE = Usage()
+
+
 def count_usage(usage: str | None) -> Usage:
     """What of a usage is counted; absent is not zero."""
-    return _converter.structure(msgspec.json.decode(usage or "{}", type=dict[str, msgspec.Raw]), Usage)
+    if usage is None:
+        return _NO_USAGE
+    return _converter.structure(msgspec.json.decode(usage, type=dict[str, msgspec.Raw]), Usage)
 
 
 def alternatives(text: str) -> Any:

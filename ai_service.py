@@ -36,7 +36,7 @@ import msgspec
 import pg8000.native
 
 import providers
-from ai_database import SCHEMA_VERSION, STATEMENT_SECONDS, Database, migrate, schema_version
+from ai_database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
 from ai_database_url import DatabaseAddress, read_database_url
 from ai_requests import (
     MAX_BULK,
@@ -254,11 +254,11 @@ class Floors:
 
 _CREATE = (
     "create_jobs_v1(:owners::text[], :task_types::text[], :profiles::text[], :priorities::int[], :lane_nos::int[], :owner_refs::text[], "
-    ":inputs::text[], :sizes::int[], :max_attempts::int[], :run_ats::timestamptz[], :expires_ats::timestamptz[], :keys::text[], "
-    ":traceparents::text[])"
+    "string_to_array(:inputs, chr(30)), :sizes::int[], :max_attempts::int[], :run_ats::timestamptz[], :expires_ats::timestamptz[], "
+    ":keys::text[], :traceparents::text[])"
 )
 _COMPLETE = (
-    "complete_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :results::text[], :usages::text[], "
+    "complete_jobs_v1(:ids::uuid[], :claim_ids::uuid[], string_to_array(:results, chr(30)), :usages::text[], "
     ":prompts::bigint[], :completions::bigint[], :totals::bigint[], :audios::float8[])"
 )
 _FAIL = (
@@ -283,13 +283,22 @@ _CONDITIONS = {
 }
 
 
+# Texts of jobs as two values for all of them: pg8000 takes its time over each row, and JSON in JSON would be escaped.
+_TEXTS = "string_agg(coalesce(t.facts, ''), chr(30) order by o.n), string_agg(coalesce(t.result, ''), chr(30) order by o.n)"
+
+
 def _with_texts(call: str) -> str:
     """A statement that calls for jobs and then reads them: a job's text depends on the outcome, so it is read after."""
     return (
         f"with done as materialized (select * from {call} o) "  # noqa: S608  a constant of this module
-        "select o.outcome, t.facts, t.result from done o left join job_texts_v1((select array_agg("
-        "case when outcome = 'ok' then (:ids::uuid[])[n] end order by n) from done), true, false) t on t.n = o.n order by o.n"
+        f"select json_agg(o.outcome order by o.n)::text, {_TEXTS} from done o left join job_texts_v1((select array_agg("
+        "case when outcome = 'ok' then (:ids::uuid[])[n] end order by n) from done), true, false) t on t.n = o.n"
     )
+
+
+def _parted(facts: str, results: str) -> list[JobText]:
+    """Jobs of `_TEXTS`."""
+    return [JobText(fact, result or None) for fact, result in zip(facts.split(SEPARATOR), results.split(SEPARATOR), strict=True)]
 
 
 def _outcomes_of(call: str) -> str:
@@ -314,11 +323,11 @@ class Queue:
         """Creates jobs of callers that know nothing of each other, all or none: whether each is new, its id and text."""
         statement = (
             f"-- queue.create_apart\nwith made as materialized (select * from {_CREATE}) "  # noqa: S608  a constant of this module
-            "select m.created, m.id::text, t.facts, t.result from made m "
-            "join job_texts_v1((select array_agg(id order by n) from made), true, false) t on t.n = m.n order by m.n"
+            f"select json_agg(json_build_array(o.created, o.id) order by o.n)::text, {_TEXTS} from made o "
+            "join job_texts_v1((select array_agg(id order by n) from made), true, false) t on t.n = o.n"
         )
-        rows = self.database.run(statement, **_columns(jobs))
-        return [(created, job_id, JobText(facts, result)) for created, job_id, facts, result in rows]
+        made, *texts = self.database.run(statement, **_columns(jobs))[0]
+        return [(created, job_id, job) for (created, job_id), job in zip(_array(made), _parted(*texts), strict=True)]
 
     def claim(self, requests: Sequence[ClaimRequest]) -> list[Claimed | Refusal]:
         """Claims for requests with the same filters, in their order. Called by one thread: it remembers floors and turns."""
@@ -397,33 +406,38 @@ class Queue:
     def complete_apart(self, items: Sequence[tuple[str, Completion]]) -> list[JobText | Refusal]:
         """Completes jobs for callers that know nothing of each other, each by itself, and returns them as they are now."""
         columns = _completion_columns([completion for _, completion in items])
-        rows = self.database.run(f"-- queue.complete_apart\n{_with_texts(_COMPLETE)}", ids=[job_id for job_id, _ in items], **columns)
-        return [JobText(facts, result) if outcome == "ok" else OUTCOMES[outcome]() for outcome, facts, result in rows]
+        return self._ended(f"-- queue.complete_apart\n{_with_texts(_COMPLETE)}", [job_id for job_id, _ in items], columns)
 
     def fail(self, ids: Sequence[str], failures: Sequence[Failure]) -> list[str]:
         """Fails attempts; a retryable one with attempts left goes back to pending after its delay or the back-off."""
         return self._outcomes(f"-- queue.fail\n{_outcomes_of(_FAIL)}", ids, _failure_columns(failures))
 
-    def fail_one(self, job_id: str, failure: Failure) -> JobText:
-        """Fails one attempt and returns the job as it is now."""
-        return self._finish_one(f"-- queue.fail_one\n{_with_texts(_FAIL)}", job_id, _failure_columns([failure]))
+    def fail_apart(self, items: Sequence[tuple[str, Failure]]) -> list[JobText | Refusal]:
+        """Fails attempts for callers that know nothing of each other, and returns their jobs as they are now."""
+        columns = _failure_columns([failure for _, failure in items])
+        return self._ended(f"-- queue.fail_apart\n{_with_texts(_FAIL)}", [job_id for job_id, _ in items], columns)
 
     def release(self, ids: Sequence[str], releases: Sequence[Release]) -> list[str]:
         """Gives jobs back, the attempt not counted."""
         return self._outcomes(f"-- queue.release\n{_outcomes_of(_RELEASE)}", ids, _release_columns(releases))
 
-    def release_one(self, job_id: str, release: Release) -> JobText:
-        """Gives one job back and returns it as it is now."""
-        return self._finish_one(f"-- queue.release_one\n{_with_texts(_RELEASE)}", job_id, _release_columns([release]))
+    def release_apart(self, items: Sequence[tuple[str, Release]]) -> list[JobText | Refusal]:
+        """Gives jobs back for callers that know nothing of each other, and returns them as they are now."""
+        columns = _release_columns([release for _, release in items])
+        return self._ended(f"-- queue.release_apart\n{_with_texts(_RELEASE)}", [job_id for job_id, _ in items], columns)
 
     def _outcomes(self, statement: str, ids: Sequence[str], columns: Mapping[str, Any]) -> list[str]:
         return _array(self.database.run(statement, ids=ids, **columns)[0][0])
 
     def _finish_one(self, statement: str, job_id: str, columns: Mapping[str, Any]) -> JobText:
-        outcome, facts, result = self.database.run(statement, ids=[job_id], **columns)[0]
-        if outcome != "ok":
-            raise OUTCOMES[outcome]
-        return JobText(facts, result)
+        job = self._ended(statement, [job_id], columns)[0]
+        if isinstance(job, Refusal):
+            raise job
+        return job
+
+    def _ended(self, statement: str, ids: Sequence[str], columns: Mapping[str, Any]) -> list[JobText | Refusal]:
+        outcomes, *texts = self.database.run(statement, ids=ids, **columns)[0]
+        return [job if outcome == "ok" else OUTCOMES[outcome]() for outcome, job in zip(_array(outcomes), _parted(*texts), strict=True)]
 
     def retry_one(self, job_id: str, statuses: Sequence[str]) -> JobText:
         """Puts a job that has one of these statuses back to pending at attempt 0 and returns it."""
@@ -551,7 +565,7 @@ def _columns(jobs: Sequence[NewJob]) -> dict[str, Any]:
         "priorities": priorities,
         "lane_nos": lane_nos,
         "owner_refs": [job.owner_ref for job in jobs],
-        "inputs": [job.input for job in jobs],
+        "inputs": joined([job.input for job in jobs]),
         "sizes": [len(job.input) if job.input.isascii() else len(job.input.encode()) for job in jobs],
         "max_attempts": [job.max_attempts or 3 for job in jobs],
         "run_ats": [job.run_at for job in jobs],
@@ -562,7 +576,7 @@ def _columns(jobs: Sequence[NewJob]) -> dict[str, Any]:
 
 
 def _completion_columns(completions: Sequence[Completion]) -> dict[str, Any]:
-    claims = {"claim_ids": [each.claim_id for each in completions], "results": [each.result for each in completions]}
+    claims = {"claim_ids": [each.claim_id for each in completions], "results": joined([each.result for each in completions])}
     return claims | _usage_columns([each.usage for each in completions])
 
 
@@ -597,6 +611,12 @@ MAX_GATHERED = 100
 MAX_GATHERED_BYTES = 4 << 20
 
 
+def _taken_lock() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @attrs.define(eq=False)
 class _Call:
     """One caller's part of a statement."""
@@ -605,7 +625,8 @@ class _Call:
     size: int
     answer: Any = None
     is_next: bool = False
-    moved: threading.Event = attrs.field(factory=threading.Event)
+    # Taken by its maker, and released for it once: half the work of an Event.
+    moved: threading.Lock = attrs.field(factory=_taken_lock)
 
 
 class Gathering:
@@ -628,7 +649,7 @@ class Gathering:
             self._waiting.append(mine)
             leads, self._is_busy = not self._is_busy, True
         if not leads:
-            mine.moved.wait()
+            mine.moved.acquire()
         if leads or mine.is_next:
             self._lead()
         if isinstance(mine.answer, BaseException):
@@ -644,8 +665,8 @@ class Gathering:
         finally:
             with self._lock:
                 self._hand_over()
-            for call in batch:
-                call.moved.set()
+            for call in batch[1:]:
+                call.moved.release()
 
     def _taken(self) -> list[_Call]:
         batch = [self._waiting.popleft()]
@@ -659,7 +680,7 @@ class Gathering:
         self._is_busy = bool(self._waiting)
         if self._waiting:
             self._waiting[0].is_next = True
-            self._waiting[0].moved.set()
+            self._waiting[0].moved.release()
 
     def _answer(self, batch: Sequence[_Call]) -> None:
         try:
@@ -1381,6 +1402,7 @@ class Service:
         self.database = Database(settings.database_url, settings.database_schema, settings.database_connections)
         self.queue = Queue(self.database)
         self.creating, self.completing = Gathering(self.queue.create_apart), Gathering(self.queue.complete_apart)
+        self.failing, self.releasing = Gathering(self.queue.fail_apart), Gathering(self.queue.release_apart)
         self.room = WaitingRoom(self.queue, settings.http_threads - 32)
         self.upkeep = Upkeep(self.queue, settings, self.room)
         self.board = ProviderBoard(settings.environ)
@@ -1401,9 +1423,21 @@ class Service:
         self.upkeep.stop()
         self.database.close()
 
+    # One job's end, in one statement with others that come at the same time; the job as it is then. Each raises a Refusal.
+
     def complete(self, job_id: str, completion: Completion) -> JobText:
-        """Completes one job and returns it as it is now, in one statement with others that come at the same time. Raises a Refusal."""
+        """Completes a job."""
         done: JobText = self.completing.call((job_id, completion), len(completion.result))
+        return done
+
+    def fail(self, job_id: str, failure: Failure) -> JobText:
+        """Fails an attempt."""
+        done: JobText = self.failing.call((job_id, failure), len(failure.message))
+        return done
+
+    def release(self, job_id: str, release: Release) -> JobText:
+        """Gives a job back."""
+        done: JobText = self.releasing.call((job_id, release), 0)
         return done
 
     def moved(self, job_ids: Sequence[str], *, requeued: bool) -> None:
@@ -1462,9 +1496,9 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route(f"{jobs}/retry", BulkJobRetry(service))
     app.add_route(f"{jobs}/{{job_id}}", Job(service))
     app.add_route(f"{jobs}/{{job_id}}/complete", JobVerb(service, Completion, service.complete))
-    app.add_route(f"{jobs}/{{job_id}}/fail", JobVerb(service, Failure, queue.fail_one))
+    app.add_route(f"{jobs}/{{job_id}}/fail", JobVerb(service, Failure, service.fail))
     app.add_route(f"{jobs}/{{job_id}}/heartbeat", JobVerb(service, Heartbeat, queue.heartbeat_one))
-    app.add_route(f"{jobs}/{{job_id}}/release", JobVerb(service, Release, queue.release_one))
+    app.add_route(f"{jobs}/{{job_id}}/release", JobVerb(service, Release, service.release))
     app.add_route(
         f"{jobs}/{{job_id}}/retry", JobVerb(service, Retry, lambda job_id, body: queue.retry_one(job_id, body.from_ or RETRYABLE))
     )

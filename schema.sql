@@ -246,9 +246,13 @@ create or replace function rfc3339(at timestamptz) returns text language sql sta
 $$;
 
 -- RFC 9562 version 7: 48 bits of milliseconds, 12 bits of the fraction below (method 3), 62 random bits. uuidv7() exists from 18 on.
+-- At so many microseconds. Without a FROM it becomes a part of the statement that calls it.
+create or replace function uuid_v7_at(us bigint) returns uuid language sql volatile as $$
+  select encode(int8send((us / 1000 << 16) | 28672 | (us % 1000 * 4096 / 1000)) || substring(uuid_send(gen_random_uuid()) from 9), 'hex')::uuid
+$$;
+
 create or replace function uuid_v7(at timestamptz) returns uuid language sql volatile as $$
-  select encode(int8send((t.us / 1000 << 16) | 28672 | (t.us % 1000 * 4096 / 1000)) || substring(uuid_send(gen_random_uuid()) from 9), 'hex')::uuid
-  from (select (extract(epoch from at) * 1000000)::bigint as us) t
+  select uuid_v7_at((extract(epoch from at) * 1000000)::bigint)
 $$;
 
 -- The lowest id that a job created at that time can have: a border between partitions.
@@ -359,11 +363,12 @@ create or replace function create_jobs_v1(
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
-  lane_ids int[]; ids uuid[]; final_ids uuid[]; keyed int := cardinality(array_remove(keys, null)); differs text;
+  first_us bigint; lane_ids int[]; ids uuid[]; final_ids uuid[]; keyed int := cardinality(array_remove(keys, null)); differs text;
 begin
   perform pg_advisory_xact_lock_shared(lock_key(2));
   lane_ids := lanes_for(owners, types, profiles, priorities);
-  ids := array(select uuid_v7(now() + i * interval '1 microsecond') from generate_series(0, cardinality(owner_refs) - 1) i);
+  first_us := extract(epoch from now()) * 1000000;
+  ids := array(select uuid_v7_at(us) from generate_series(first_us, first_us + cardinality(owner_refs) - 1) us);
   final_ids := ids;
   if keyed > 0 then
     final_ids := ids_by_key(owners, lane_nos, keys, ids);

@@ -141,3 +141,20 @@ def test_jobs_completed_at_once_are_each_judged_by_their_own_claim(corner: Corne
     assert [answer.status for answer in answers] == [409 if number % 6 == 0 else 200 for number in range(24)]
     assert all(answer.json["result"] == {"n": number} for number, answer in enumerate(answers) if number % 6)
     assert {answer.code for answer in answers} == {None, "claim_lost"}
+
+
+def test_jobs_failed_and_released_at_once_are_each_judged_by_their_own_claim(corner: Corner) -> None:
+    corner.batch([{} for _ in range(24)])
+    jobs = corner.claim(limit=24)
+    corner.done(jobs[0], "complete", result=1)
+    corner.done(jobs[1], "complete", result=1)
+
+    def end(number: int) -> Any:
+        if number % 2:
+            return corner.call(jobs[number], "release")
+        return corner.call(jobs[number], "fail", category="timeout", message=f"slow {number}", retryable=False)
+
+    answers = at_once(24, end)
+    assert [answer.status for answer in answers] == [409, 409] + [200] * 22
+    assert [answer.json["status"] for answer in answers[2:]] == ["failed", "pending"] * 11
+    assert [answer.json["error"]["message"] for answer in answers[2::2]] == [f"slow {number}" for number in range(2, 24, 2)]
