@@ -7,6 +7,7 @@ import os
 import random
 import re
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -26,6 +27,8 @@ log = logging.getLogger("ai_service.server")
 
 # Idle connections beyond this are not accepted until others close.
 MAX_CONNECTIONS = 10_000
+# Bodies and answers of this size are counted, kept in memory, and waited for until their client has them.
+LARGE_BYTES = 1 << 18
 # Larger bodies are not copied for their head.
 HEAD_JOINS_BYTES = 1 << 16
 CORE_SECONDS = 2.0
@@ -39,22 +42,69 @@ def listen(host: str, port: int) -> socket:
     return create_server((host, port), family=AF_INET6 if ":" in host else AF_INET, backlog=1024)
 
 
+NO_ROOM = "too many large bodies and answers are in hand"
+
+
+class Unavailable(waitress.utilities.Error):  # type: ignore[misc]
+    """Later."""
+
+    code, reason = 503, "Service Unavailable"
+
+
+def refusal(server: Any, error: Any) -> tuple[str, list[tuple[str, str]], bytes]:
+    """An answer of the server's own: status, headers, body."""
+    later = [("Retry-After", "1")] if error.code == 503 else []
+    body = msgspec.json.encode(server.problem(error.code, error.reason))
+    return f"{error.code} {error.reason}", [("Content-Type", "application/problem+json"), *later], body
+
+
 # waitress has no types.
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """What waitress refuses before the application sees it, as a problem body."""
 
     def execute(self) -> None:
         """Writes the answer and closes the connection."""
-        body = msgspec.json.encode(self.channel.server.problem(self.request.error.code, self.request.error.reason))
-        self.status = f"{self.request.error.code} {self.request.error.reason}"
-        self.response_headers += [("Content-Type", "application/problem+json"), ("Connection", "close")]
+        self.status, headers, body = refusal(self.channel.server, self.request.error)
+        self.response_headers += [*headers, ("Connection", "close")]
         self.content_length = len(body)
         self.close_on_finish = True
         self.write(body)
 
 
+class Room:
+    """How many bytes of large bodies and answers may be in hand at once: each is several times in memory while it is handled."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = self._left = limit_bytes
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        """Whether there was room for so many bytes, which are now taken. Alone anything finds room: it would never find more."""
+        with self._lock:
+            if count > self._left < self._limit:
+                return False
+            self._left -= count
+            return True
+
+    def give(self, count: int) -> None:
+        """Gives so many bytes back."""
+        with self._lock:
+            self._left += count
+
+
 class Task(waitress.task.WSGITask):  # type: ignore[misc]
     """A request for the application; while the server drains its connection is not kept."""
+
+    taken = 0
+
+    def service(self) -> None:
+        """Answers; a large answer keeps its room until its client has it."""
+        try:
+            super().service()
+            if self.content_bytes_written > LARGE_BYTES:
+                self.channel._flush_outbufs_below_high_watermark()  # noqa: SLF001
+        finally:
+            self.channel.server.adj.room.give(self.taken)
 
     def build_response_header(self) -> None:
         """Leaves the head of the answer with the channel: it goes out with what is written next."""
@@ -63,15 +113,43 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
         self.channel.head = super().build_response_header()
 
     def write(self, data: bytes) -> None:
-        """Sends a part of the body, or the head alone where there is none."""
+        """Sends a part of the body, or the head alone where there is none. A large one that finds no room becomes a refusal.
+
+        The room of the request's body serves for its answer.
+        """
+        size = max(0, len(data) - self.request.taken)
+        if len(data) > LARGE_BYTES and not self.wrote_header:
+            if self.channel.server.adj.room.take(size):
+                self.taken = size
+            else:
+                self.status, headers, data = refusal(self.channel.server, Unavailable(NO_ROOM))
+                self.response_headers, self.content_length = headers, len(data)
         super().write(data)
         self.channel.write_soon(b"")
 
 
+class Nowhere:
+    """Where a body goes that finds no room: a client that is still sending would not see the answer."""
+
+    def append(self, data: bytes) -> None:
+        """Forgets it."""
+
+    def close(self) -> None:
+        """Nothing was kept."""
+
+    def __len__(self) -> int:
+        return 0
+
+
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
-    """Refuses a body over the limit as soon as it is announced or has arrived; waitress would count the framing of chunks too."""
+    """Refuses a body over the limit as soon as it is announced or has arrived; waitress would count the framing of chunks too.
+
+    A large body takes its share of the server's room when it is announced or, in chunks, as it arrives.
+    """
 
     error: Any = None
+    taken = 0
+    refused = False
 
     def received(self, data: bytes) -> int:
         """Takes in what came and returns how much of it was used."""
@@ -86,7 +164,27 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         limit = self.adj.body_limit_bytes
         if not self.error and (self.content_length > limit or (self.body_rcv is not None and len(self.body_rcv) > limit)):
             self.error, self.completed = waitress.utilities.RequestEntityTooLarge("the body is too large"), True
+        if self.body_rcv is not None and not self.error:
+            self._take_room()
         return used
+
+    def _take_room(self) -> None:
+        size = max(self.content_length, len(self.body_rcv))
+        if size > max(self.taken, LARGE_BYTES) and not self.refused:
+            if self.adj.room.take(size - self.taken):
+                self.taken = size
+            else:
+                self.refused = True
+                self.close()
+                self.body_rcv.buf = Nowhere()
+        if self.refused and self.completed:
+            self.error = Unavailable(NO_ROOM)
+
+    def close(self) -> None:
+        """Forgets the body."""
+        super().close()
+        self.adj.room.give(self.taken)
+        self.taken = 0
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -114,6 +212,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         # No circle is left behind that would keep the payloads.
         if isinstance(self.server, _Waker):
             self.server = self.server.server
+
+    def handle_close(self) -> None:
+        """The client has gone, or is let go; a request that has not come whole will not."""
+        if self.request is not None:
+            self.request.close()
+        super().handle_close()
 
     def write_soon(self, data: bytes | None) -> int:
         """Sends what is written, after the head where that is still held back: one call of the system, one packet."""
@@ -237,7 +341,8 @@ class Core:
 class Server:
     """Serves a WSGI application on a listening socket until it is told to end.
 
-    `problem` makes the body for an HTTP status that waitress answers itself. `max_body_bytes` holds for chunked bodies too.
+    `problem` makes the body for an HTTP status that waitress answers itself. `max_body_bytes` holds for chunked bodies too,
+    `max_bodies_bytes` for all large ones in hand together, answers too.
     `drain` is called once, when the end begins; the listener closes `drain_seconds` later. With `one_core` its threads, and those started
     later, stay together on a core.
     """
@@ -249,6 +354,7 @@ class Server:
         *,
         threads: int,
         max_body_bytes: int,
+        max_bodies_bytes: int,
         problem: Callable[[int, str], dict[str, object]],
         drain: Callable[[], None],
         drain_seconds: float,
@@ -268,11 +374,16 @@ class Server:
             # By default 8 KB: a batch of 100 jobs came in 14 turns of the loop.
             recv_bytes=1 << 17,
             max_request_body_size=2 * max_body_bytes + (1 << 20),
+            # What is counted as memory is memory: no files on the way, for which a container may have no place.
+            inbuf_overflow=2 * max_body_bytes,
+            outbuf_overflow=1 << 40,
+            outbuf_high_watermark=LARGE_BYTES,
             ident=None,
         )
         self._waitress.channel_class = Channel
         self._waitress.loop = self._loop = Loop(self._waitress)
         self._waitress.adj.body_limit_bytes = max_body_bytes
+        self._waitress.adj.room = Room(max(max_bodies_bytes, max_body_bytes))
         self._waitress.problem = problem
         self._waitress.draining = False
 

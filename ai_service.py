@@ -152,6 +152,12 @@ class Settings:
         "HTTP_ONE_CORE", "keep the threads to one core, the least busy: waking them on another costs more", default="true", read=flag
     )
     max_body_bytes: int = setting("MAX_BODY_BYTES", "largest request body, in bytes", default=str(32 << 20), read=whole(1024, 1 << 30))
+    max_bodies_bytes: int = setting(
+        "MAX_BODIES_BYTES",
+        "bytes of all bodies and answers over 256 KB in hand at once; others get 503",
+        default=str(128 << 20),
+        read=whole(1024, 1 << 36),
+    )
     drain_seconds: float = setting("DRAIN_SECONDS", "from SIGTERM to the close of the listener", default="5", read=duration(0))
     retention: timedelta | None = setting("RETENTION", "how long finished jobs are kept, or `forever`", default="30d", read=_read_retention)
     log_level: str = setting("LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR", default="INFO", read=_read_log_level)
@@ -1091,7 +1097,8 @@ def problem(refusal: Refusal) -> dict[str, Any]:
 
 def refused_by_server(status: int, reason: str) -> dict[str, Any]:
     """Problem details for what the server refuses before routing."""
-    return problem(BodyTooLarge() if status == 413 else MalformedRequest(reason)) | {"status": status}
+    known: dict[int, Refusal] = {413: BodyTooLarge(), 503: ServiceFull()}
+    return problem(known.get(status) or MalformedRequest(reason)) | {"status": status}
 
 
 def answer_refusal(_request: falcon.Request, response: falcon.Response, refusal: Refusal, _params: Any) -> None:
@@ -1546,6 +1553,7 @@ def serve(settings: Settings) -> int:
         listener,
         threads=settings.http_threads,
         max_body_bytes=settings.max_body_bytes,
+        max_bodies_bytes=settings.max_bodies_bytes,
         problem=refused_by_server,
         drain=service.drain,
         drain_seconds=settings.drain_seconds,

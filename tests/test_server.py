@@ -3,10 +3,13 @@
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from service import Service, running_service, wait_until
+from postgres import fresh_schema
+from service import Answer, Corner, Service, encoded, raw_post, running_service, wait_until
 
 from ai_server import Core
 
@@ -99,3 +102,72 @@ def test_a_hundred_idle_connections_and_requests_in_a_row_on_one(postgres_url: s
         for connection in idle:
             connection.close()
         wait_until(lambda: open_files(service) <= before - 100, what="the connections' end")
+
+
+# ---------------------------------------------------------------- room for large bodies and answers
+
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def narrow(postgres_url: str) -> Iterator[Service]:
+    """A service with room for one large body."""
+    with (
+        fresh_schema(postgres_url) as schema,
+        running_service(postgres_url, schema, MAX_BODY_BYTES=str(MEGABYTE), MAX_BODIES_BYTES=str(MEGABYTE)) as service,
+    ):
+        yield service
+
+
+@contextmanager
+def half_sent(service: Service, body: bytes) -> Iterator[socket.socket]:
+    """A create whose body has not come whole."""
+    with socket.create_connection(("127.0.0.1", service.api.port), timeout=20) as connection:
+        connection.sendall(raw_post("/api/v1/jobs", body).replace(b"Connection: close\r\n", b"")[: -len(body) // 2])
+        yield connection
+
+
+def large_job(corner: Corner) -> dict[str, Any]:
+    return corner.job(input={"text": "x" * 700_000})
+
+
+def create_until(service: Service, job: dict[str, Any], status: int) -> Answer:
+    """The answer once it has this status: what another connection does is noticed a little later."""
+    answers: list[Answer] = []
+
+    def answered() -> bool:
+        answers.append(service.api.post("/api/v1/jobs", job))
+        return answers[-1].status == status
+
+    wait_until(answered, what=f"an answer with {status}")
+    return answers[-1]
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_large_body_without_room_is_refused_after_it_was_sent(narrow: Service, is_chunked: bool) -> None:
+    corner = Corner(narrow.api)
+    body = encoded(large_job(corner))
+    with half_sent(narrow, body):
+        refused = create_until(narrow, large_job(corner), 503)
+        assert (refused.code, refused.headers["Retry-After"]) == ("service_full", "1")
+        if is_chunked:
+            answer = narrow.api.raw(raw_post("/api/v1/jobs", b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+                                    + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))  # fmt: skip
+            assert answer.startswith(b"HTTP/1.1 503 ")
+        # A small one needs no room.
+        assert corner.create()["status"] == "pending"
+    assert create_until(narrow, large_job(corner), 201)
+
+
+def test_a_large_answer_without_room_is_refused_until_the_other_is_read(narrow: Service) -> None:
+    corner = Corner(narrow.api)
+    job = corner.take()
+    corner.done(job, "complete", result={"text": "y" * 900_000})
+    with half_sent(narrow, encoded(large_job(corner))):
+        refused = wait_until(lambda: (answer := narrow.api.get(f"/api/v1/jobs/{job['id']}")).status == 503 and answer, what="a refusal")
+        assert (refused.code, refused.headers["Retry-After"]) == ("service_full", "1")
+    # Room comes back when the other has gone, and after each answer.
+    for _ in range(3):
+        wait_until(lambda: narrow.api.get(f"/api/v1/jobs/{job['id']}").status == 200, what="the answer")
+    assert corner.look(job)["result"] == {"text": "y" * 900_000}
