@@ -144,7 +144,7 @@ class Nowhere:
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     """Refuses a body over the limit as soon as it is announced or has arrived; waitress would count the framing of chunks too.
 
-    A large body takes its share of the server's room when it is announced or, in chunks, as it arrives.
+    A large body takes its share of the server's room as it arrives: what is only announced keeps nobody out.
     """
 
     error: Any = None
@@ -169,7 +169,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         return used
 
     def _take_room(self) -> None:
-        size = max(self.content_length, len(self.body_rcv))
+        size = len(self.body_rcv)
         if size > max(self.taken, LARGE_BYTES) and not self.refused:
             if self.adj.room.take(size - self.taken):
                 self.taken = size
@@ -394,10 +394,13 @@ class Server:
 
     def run(self) -> None:
         """Returns when the listener has closed and what was being answered has been."""
-        while (left := self._closes_at - time.monotonic()) > 0:
+        while True:
             self._heed()
             if self._core:
                 self._core.look(time.monotonic())
+            left = self._closes_at - time.monotonic()
+            if left <= 0:
+                break
             self._loop.turn(min(1.0, left))
         waitress.wasyncore.dispatcher.close(self._waitress)
         deadline = time.monotonic() + LAST_ANSWERS_SECONDS

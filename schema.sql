@@ -19,7 +19,7 @@
 --   pause           what is not handed out
 --   lane_count      jobs per lane and state, folded from tally
 --   tally           insert-only ledger of moves, folded every few seconds
---   history         endings and durations per five minutes, hour and six hours, folded from tally
+--   history         endings per five minutes, hour and six hours, durations per quarter of an hour, folded from tally
 --   worker          who claimed lately, and what it said of itself
 --   upkeep_state    when the ledger was folded last
 --   schema_version  which of these files was applied
@@ -905,23 +905,31 @@ begin
     'paused_at', rfc3339(paused_at)) order by owner_service, task_type, model_profile) from pause), '[]');
 end $$;
 
-create or replace function stats_v1(window_seconds int, only_owners text[]) returns text language sql volatile as $$
+-- The counters are summed before they are dealt out to profiles, types and owners, and by hashing: with a day of 200 combinations that is 15 ms
+-- instead of 105. Durations are those of the last five quarters of an hour.
+create or replace function stats_v1(window_seconds int, only_owners text[]) returns text language sql volatile
+set enable_sort = off set enable_seqscan = off set enable_mergejoin = off as $$
   with span as (
     select case window_seconds when 3600 then 300 when 86400 then 3600 else 21600 end as seconds
   ), past as materialized (
-    select h.* from history h, span s where h.span_seconds = s.seconds and (only_owners is null or h.owner_service = any (only_owners))
-      and h.start_at > now() - (window_seconds + s.seconds) * interval '1 second'
+    select owner_service, task_type, model_profile, event, category, sum(n) as n, max(last_at) as last_at, sum(prompt_tokens) as prompt_tokens,
+      sum(completion_tokens) as completion_tokens, sum(total_tokens) as total_tokens, sum(audio_seconds) as audio_seconds
+    from history h, span s where h.span_seconds = s.seconds and (only_owners is null or h.owner_service = any (only_owners))
+      and h.start_at > now() - (window_seconds + s.seconds) * interval '1 second' and h.event <> 'claimed'
+    group by owner_service, task_type, model_profile, event, category
   ), live as materialized (
     select l.owner_service, l.task_type, l.model_profile, l.paused, coalesce(c.ready, 0) as pending, coalesce(c.scheduled, 0) as scheduled,
       coalesce(c.running, 0) as running, c.last_claimed_at,
       (select extract(epoch from now() - r.run_at)::float8 from ready r where c.ready > 0 and r.lane_id = l.id order by r.seq limit 1) as oldest_pending_seconds
     from lane l left join lane_count c on c.lane_id = l.id where not l.idle and (only_owners is null or l.owner_service = any (only_owners))
+  ), lasted as materialized (
+    select owner_service, task_type, model_profile, event = 'claimed' as waits, seconds_bucket, sum(n) as n from history h
+    where span_seconds = 900 and start_at > now() - interval '67 minutes' and (only_owners is null or owner_service = any (only_owners))
+    group by owner_service, task_type, model_profile, event = 'claimed', seconds_bucket
   ), cells as (
-    select d.kind, d.name, h.event = 'claimed' as waits, h.seconds_bucket, sum(h.n) as n
-    from history h cross join lateral (values ('by_model_profile', h.model_profile), ('by_task_type', h.task_type), ('by_owner_service', h.owner_service)) d (kind, name)
-    where h.span_seconds = 300 and h.start_at > now() - interval '65 minutes' and h.seconds_bucket >= 0
-      and h.event in ('claimed', 'completed', 'failed', 'attempt_failed') and (only_owners is null or h.owner_service = any (only_owners))
-    group by 1, 2, 3, 4
+    select d.kind, d.name, waits, seconds_bucket, sum(n) as n
+    from lasted cross join lateral (values ('by_model_profile', model_profile), ('by_task_type', task_type), ('by_owner_service', owner_service)) d (kind, name)
+    group by d.kind, d.name, waits, seconds_bucket
   ), climbed as (
     select kind, name, waits, seconds_bucket, sum(n) over (partition by kind, name, waits order by seconds_bucket) as up_to,
       sum(n) over (partition by kind, name, waits) as total from cells
@@ -1029,10 +1037,11 @@ begin
   insert into history as h (span_seconds, start_at, owner_service, task_type, model_profile, event, category, seconds_bucket, n, last_at,
     prompt_tokens, completion_tokens, total_tokens, audio_seconds)
   select s, to_timestamp(floor(extract(epoch from g.at) / s) * s), l.owner_service, l.task_type, l.model_profile, g.event, coalesce(g.category, ''),
-    case when s = 300 then coalesce(g.seconds_bucket, -1) else -1 end, sum(g.n), max(g.at),
+    case when s = 900 then g.seconds_bucket else -1 end, sum(g.n), max(g.at),
     sum(g.prompt_tokens), sum(g.completion_tokens), sum(g.total_tokens), sum(g.audio_seconds)
-  from gone g join lane l on l.id = g.lane_id cross join unnest(array[300, 3600, 21600]) s
-  where g.event in ('claimed', 'completed', 'failed', 'attempt_failed', 'cancelled')
+  from gone g join lane l on l.id = g.lane_id cross join unnest(array[300, 900, 3600, 21600]) s
+  where g.event in ('completed', 'failed', 'attempt_failed', 'cancelled', 'claimed')
+    and case when s = 900 then g.event <> 'cancelled' and g.seconds_bucket is not null else g.event <> 'claimed' end
   group by 1, 2, 3, 4, 5, 6, 7, 8
   on conflict (span_seconds, start_at, owner_service, task_type, model_profile, event, category, seconds_bucket) do update set
     n = h.n + excluded.n, last_at = greatest(h.last_at, excluded.last_at),
@@ -1043,7 +1052,7 @@ begin
   )
   select count(*), max(at) into rows_folded, last_at from gone;
   update upkeep_state set folded_at = case when rows_folded < at_most then now() else last_at end;
-  delete from history where (span_seconds = 300 and start_at < now() - interval '2 hours')
+  delete from history where (span_seconds in (300, 900) and start_at < now() - interval '2 hours')
     or (span_seconds = 3600 and start_at < now() - interval '26 hours') or (span_seconds = 21600 and start_at < now() - interval '8 days');
   return rows_folded = at_most;
 end $$;

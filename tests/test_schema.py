@@ -201,9 +201,12 @@ def test_the_ledger_is_empty_after_a_fold_and_counts_what_is_there(queue: Queue)
     queue.fold()
     assert rows(queue.database, "select count(*) from tally") == [[0]]
     assert rows(queue.database, "select ready, scheduled, running from lane_count") == [[3, 0, 0]]
-    assert rows(queue.database, "select event, sum(n)::int from history where span_seconds = 300 group by event order by event") == [
-        ["claimed", 7],
-        ["completed", 7],
+    assert rows(queue.database, "select span_seconds, event, sum(n)::int from history group by 1, 2 order by 1, 2") == [
+        [300, "completed", 7],
+        [900, "claimed", 7],
+        [900, "completed", 7],
+        [3600, "completed", 7],
+        [21600, "completed", 7],
     ]
 
 
