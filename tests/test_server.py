@@ -54,6 +54,14 @@ def test_threads_run_anywhere_where_one_core_is_not_wanted(postgres_url: str, sc
 
 
 @several_cores
+def test_the_threads_begin_where_fewer_interrupts_are(tmp_path: Path, any_core: None) -> None:
+    for quiet in CORES:
+        lines = (f"cpu{core} 0 0 0 500 7 {0 if core == quiet else 30} 20 0 0 0\n" for core in CORES)
+        (tmp_path / "stat").write_text("cpu 9 9 9 9 9 9 9 9 9 9\n" + "".join(lines))
+        assert Core(CORES, tmp_path / "stat").number == quiet
+
+
+@several_cores
 def test_the_threads_leave_a_core_that_others_use(tmp_path: Path, any_core: None) -> None:
     busy = dict.fromkeys(CORES, 1000)
     write_busy(tmp_path / "stat", busy)

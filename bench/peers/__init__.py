@@ -1,7 +1,9 @@
-"""What a user would pick instead, on the same work: graphile-worker, Procrastinate, and the database by itself (pgbench).
+"""What a user would pick instead, on the same work: graphile-worker, pg-boss, PgQueuer, awa, Procrastinate, and the database by itself
+(pgbench).
 
-They run inside their own process with native drivers; none of them crosses HTTP. Their packages are installed into a folder of their own at
-the first use: `~/.cache/ai-service-bench`, or what BENCH_HOME names. Node brings itself, as the npm package `node`.
+They run inside their own process with native drivers; none of them crosses HTTP. pg-boss and pgbench store a result of 2 KB, the others
+keep none. Their packages are installed into a folder of their own at the first use: `~/.cache/ai-service-bench`, or what BENCH_HOME names.
+Node brings itself, as the npm package `node`.
 """
 
 import json
@@ -9,14 +11,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 HERE = Path(__file__).parent
 HOME = Path(os.environ.get("BENCH_HOME") or Path.home() / ".cache" / "ai-service-bench")
-PYTHON_PACKAGES = ("procrastinate>=3", "psycopg[binary,pool]")
-NODE_PACKAGES = ("node@24", "graphile-worker@0.17", "pg")
+PYTHON_PACKAGES = ("procrastinate>=3", "psycopg[binary,pool]", "pgqueuer>=1", "asyncpg", "awa-pg")
+NODE_PACKAGES = ("node@24", "graphile-worker@0.17", "pg", "pg-boss@12")
 
 
 def run(name: str, url: str, database: str, jobs: int) -> dict[str, float]:
@@ -37,31 +40,45 @@ def _pgbench(environ: Mapping[str, str]) -> dict[str, float]:
     return {"life": max(float(found[1]) * 100 for text in told if (found := re.search(r"tps = ([\d.]+)", text)))}
 
 
-def _procrastinate(environ: Mapping[str, str]) -> dict[str, float]:
+def _python(script: str, environ: Mapping[str, str], at_most: int | None = None) -> dict[str, float]:
+    """A peer of Python's, on fewer jobs where it gets through so few that they do."""
     python = HOME / "venv" / "bin" / "python"
-    if not (HOME / "venv" / "ready").exists():
+    if _is_missing("python", PYTHON_PACKAGES):
         _command([sys.executable, "-m", "venv", str(HOME / "venv")])
         _command([str(python), "-m", "pip", "install", "-q", *PYTHON_PACKAGES])
-        (HOME / "venv" / "ready").touch()
-    # It gets through so few that a smaller number does.
-    few = str(min(4000, int(environ["JOBS"])))
-    return _rates(_command([str(python), str(HERE / "procrastinate_peer.py")], {**environ, "JOBS": few}))
+        _note("python", PYTHON_PACKAGES)
+    jobs = min(int(environ["JOBS"]), at_most or 1_000_000)
+    return _rates(_command([str(python), str(HERE / script)], {**environ, "JOBS": str(jobs)}))
 
 
-def _graphile(environ: Mapping[str, str]) -> dict[str, float]:
-    if not (HOME / "node_modules" / "graphile-worker").exists():
-        HOME.mkdir(parents=True, exist_ok=True)
+def _node(script: str, environ: Mapping[str, str]) -> dict[str, float]:
+    """A peer of Node's. Its script is copied to where its packages are: Node looks for them beside it."""
+    if _is_missing("node", NODE_PACKAGES):
         (HOME / "package.json").write_text('{"private": true}')
         _command(["npm", "install", "--silent", "--no-audit", "--no-fund", "--force", *NODE_PACKAGES], folder=HOME)
-    script = HOME / "graphile.mjs"
-    script.write_text((HERE / "graphile.mjs").read_text())
-    return _rates(_command([str(HOME / "node_modules" / ".bin" / "node"), str(script)], environ))
+        _note("node", NODE_PACKAGES)
+    (HOME / script).write_text((HERE / script).read_text())
+    return _rates(_command([str(HOME / "node_modules" / ".bin" / "node"), str(HOME / script)], environ))
+
+
+def _is_missing(language: str, packages: Sequence[str]) -> bool:
+    """Whether these packages have to be installed, as another set of them was, or none."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    noted = HOME / f"{language}.installed"
+    return not noted.exists() or noted.read_text().split() != list(packages)
+
+
+def _note(language: str, packages: Sequence[str]) -> None:
+    (HOME / f"{language}.installed").write_text("\n".join(packages))
 
 
 PEERS: dict[str, Callable[[Mapping[str, str]], dict[str, float]]] = {
     "pgbench": _pgbench,
-    "procrastinate": _procrastinate,
-    "graphile": _graphile,
+    "procrastinate": partial(_python, "procrastinate_peer.py", at_most=4000),
+    "pgqueuer": partial(_python, "pgqueuer_peer.py"),
+    "awa": partial(_python, "awa_peer.py"),
+    "graphile": partial(_node, "graphile.mjs"),
+    "pgboss": partial(_node, "pgboss.mjs"),
 }
 
 
