@@ -278,9 +278,9 @@ with taken as materialized (
     select * from job_claim c where (select sum(j.input_bytes) from job j where j.id = any (c.job_ids)) <= :at_once::int) c,
     claimed_texts_v1(c.claim_ids, c.job_ids) t
 )
-select outcome, array_to_json(job_ids)::text, (select jobs from text where claim_id = (:claim_ids::uuid[])[n]),
-  array_to_json(lane_ids)::text, array_to_json(seqs)::text, array_to_json(owner_order)::text
-from taken order by n"""
+select json_agg(json_build_array(outcome, job_ids, lane_ids, seqs, owner_order, jobs is not null) order by n)::text,
+  string_agg(coalesce(jobs, ''), chr(30) order by n)
+from taken left join text on claim_id = (:claim_ids::uuid[])[n]"""
 _COMPLETE = (
     "complete_jobs_v1(:ids::uuid[], :claim_ids::uuid[], string_to_array(:results, chr(30)), :usages::text[], "
     ":prompts::bigint[], :completions::bigint[], :totals::bigint[], :audios::float8[])"
@@ -369,13 +369,16 @@ class Queue:
             limits=[request.limit or 1 for request in requests],
             at_once=CLAIMED_AT_ONCE_BYTES,
         )
-        for _, _, _, lanes, seqs, order in rows:
-            self._floors.raise_to(_array(lanes), _array(seqs))
-            owners_served = _array(order)
-            self._served = [owner for owner in self._served if owner not in owners_served] + owners_served
-        claims = [(str(request.claim_id), row) for request, row in zip(requests, rows, strict=True)]
-        later = self._claimed_texts([(claim_id, _array(row[1])) for claim_id, row in claims if row[2] is None])
-        return [Claimed(claim_id, row[2] or later.get(claim_id, "")) if row[0] == "ok" else OUTCOMES[row[0]]() for claim_id, row in claims]
+        outcomes, texts = _array(rows[0][0]), rows[0][1].split(SEPARATOR)
+        for _, _, lanes, seqs, order, _ in outcomes:
+            self._floors.raise_to(lanes or (), seqs or ())
+            self._served = [owner for owner in self._served if owner not in (order or ())] + (order or [])
+        claims = [(str(request.claim_id), *outcome) for request, outcome in zip(requests, outcomes, strict=True)]
+        later = self._claimed_texts([(claim[0], claim[2]) for claim in claims if claim[2] and not claim[-1]])
+        return [
+            Claimed(claim[0], text or later.get(claim[0], "")) if claim[1] == "ok" else OUTCOMES[claim[1]]()
+            for claim, text in zip(claims, texts, strict=True)
+        ]
 
     def _claimed_texts(self, claims: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
         """What claims hold of these jobs, by claim_id, where it is much: it is read after the claim was committed."""
@@ -732,7 +735,8 @@ class Ticket:
     deadline: float
     filters: Filters = attrs.field(init=False)
     answer: Claimed | Refusal | None = None
-    done: threading.Event = attrs.field(factory=threading.Event)
+    # Released once, with the answer.
+    answered: threading.Lock = attrs.field(factory=_taken_lock)
     parked: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -746,7 +750,7 @@ class Ticket:
     def deliver(self, answer: Claimed | Refusal) -> None:
         """Gives the request its answer."""
         self.answer = answer
-        self.done.set()
+        self.answered.release()
 
     def fits(self, lanes: Iterable[tuple[str, str, str]]) -> bool:
         """Whether one of these (profile, type, owner) passes the request's filters."""
@@ -784,7 +788,7 @@ class WaitingRoom:
         # A repeat while the first still waits: the caller gave that one up.
         for other in earlier:
             self._leave(other, other.nothing)
-        ticket.done.wait()
+        ticket.answered.acquire()
         if isinstance(ticket.answer, Refusal):
             raise ticket.answer
         assert ticket.answer is not None
@@ -891,7 +895,7 @@ class WaitingRoom:
 
     def _dismissed(self, ticket: Ticket) -> bool:
         """Whether a ticket was dropped since its client hung up: it must take no job."""
-        if ticket.done.is_set():
+        if ticket.answer is not None:
             return True
         if not ticket.client_is_gone():
             return False
