@@ -5,8 +5,8 @@
 #   make test     the tests
 #   make check    lint, types and tests: what CI runs
 #   make chaos    20,000 jobs while service processes are killed again and again
-#   make bench    what the service gets through over HTTP, beside graphile-worker, Procrastinate and the database by itself (needs npm)
-#   make bench-full   the same for longer, and what claims cost with a million jobs
+#   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
+#   make bench-full   the same with the numbers of jobs that the targets name: an hour
 #
 # Settings are read from the environment: `LLM_BASE_URL=http://127.0.0.1:8000 make demo` uses a real model server.
 
@@ -46,12 +46,13 @@ check: lint types test
 chaos: $(VENV)/.ready
 	CHAOS_JOBS=20000 $(VENV)/bin/python -m pytest -s tests/test_chaos.py
 
+PEERS = pgbench,graphile,pgqueuer,pgboss,awa,procrastinate
+
 bench: $(VENV)/.ready
-	$(VENV)/bin/python bench/run.py --peers pgbench,graphile,procrastinate
+	$(VENV)/bin/python bench/run.py --scale 0.1 --seconds 4 --jobs 10000 --peers $(PEERS) --json bench.json
 
 bench-full: $(VENV)/.ready
-	$(VENV)/bin/python bench/run.py --seconds 30 --jobs 100000 --peers pgbench,graphile,procrastinate
-	$(VENV)/bin/python bench/claim.py
+	$(VENV)/bin/python bench/run.py --scale 1 --seconds 15 --jobs 50000 --peers $(PEERS) --json bench-full.json
 
 # The environment: made anew when it is missing or another Python's, brought up to date when pyproject.toml has changed.
 $(VENV)/.ready: pyproject.toml

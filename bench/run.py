@@ -9,6 +9,7 @@ result. At `--scale 1` the numbers of jobs are those of the targets.
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,18 +42,30 @@ def main() -> None:
     parser.add_argument("--peers", default="", help=f"any of {','.join(peers.PEERS)}; installed at first use")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    table, found = Table(), dict[str, float | None]()
+    table = Table()
     with tempfile.TemporaryDirectory() as folder, ai_embedded.embedded_postgres(Path(folder)) as url:
-        bench = Bench(url, table, options.seconds, options.scale)
-        # Beside each other: what is compared in one run is measured close together.
-        for name in filter(None, options.cases.split(",")):
-            found[name] = CASES[name](bench)
-            if name == "drain" or (name == "lives" and "drain" not in options.cases):
-                speed.compare(
-                    bench, [peer for peer in options.peers.split(",") if peer], options.jobs, found.get("lives"), found.get("drain")
-                )
-    if options.json:
-        table.write(options.json)
+        try:
+            run(Bench(url, table, options.seconds, options.scale), _names(options.cases), _names(options.peers), options.jobs)
+        finally:
+            if options.json:
+                table.write(options.json)
+    missed = [row["name"] for row in table.rows if not row.get("reached", True)]
+    print(f"{sum('reached' in row for row in table.rows)} targets, {len(missed)} not reached{': ' if missed else ''}{'; '.join(missed)}")
+
+
+def run(bench: Bench, cases: list[str], names: list[str], jobs: int) -> None:
+    """The cases in their order, and the peers after those that are compared with them: what is compared is measured close together."""
+    reached: dict[str, float | None] = {}
+    for case in cases:
+        begun = time.monotonic()
+        reached[case] = CASES[case](bench)
+        print(f"-- {case} took {time.monotonic() - begun:.0f} s", flush=True)
+        if [case] == [each for each in cases if each in ("lives", "drain")][-1:]:
+            speed.compare(bench, names, jobs, reached.get("lives"), reached.get("drain"))
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_every_other_command_of_the_readme_is_known_here() -> None:
     known = (
         "make demo",
         "make test",
-        "python bench/claim.py --help",
+        "python bench/run.py --help",
         "python3 -m venv /tmp/ai-service",
         ".venv/bin/python -m pip install ./keywords",
         "curl",
@@ -107,7 +107,7 @@ def test_every_other_command_of_the_readme_is_known_here() -> None:
 
 
 def test_the_benchmark_explains_itself() -> None:
-    assert "backlog" in run(f"{sys.executable} bench/claim.py --help")
+    assert "backlog" in run(f"{sys.executable} bench/run.py --help")
 
 
 RIGHT = {"DATABASE_URL": "postgresql://user:hidden-word@127.0.0.1/db"}
