@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pg8000.core
 import pg8000.native
 
 from ai_database_url import DatabaseAddress, DatabaseUnreachable
@@ -139,11 +140,28 @@ class Database:
             raise (DatabaseBusy if _BUSY.fullmatch(state) else DatabaseUnavailable)(reason=reason) from None
 
 
+class _Unhurried:
+    """The stream of a session without pg8000's wishes to flush after each message.
+
+    With them the server answers a statement in three packets, before it runs, before its commit and after it, and each wakes this process.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._write = stream, stream.write
+        self.read, self.flush, self.close = stream.read, stream.flush, stream.close
+
+    def write(self, message: bytes) -> None:
+        """Passes on what is no such wish: a Sync follows each statement and flushes too."""
+        if message is not pg8000.core.FLUSH_MSG:
+            self._write(message)
+
+
 class Connection:
     """One session of PostgreSQL with its prepared statements."""
 
     def __init__(self, address: DatabaseAddress, schema: str, seconds: float = CONNECT_SECONDS) -> None:
         self._session = address.connect(timeout_seconds=seconds)
+        self._session._sock = _Unhurried(self._session._sock)  # noqa: SLF001
         self._prepared: dict[str, pg8000.native.PreparedStatement] = {}
         wanted = ", ".join(f"('{name}', '{value}')" for name, value in SESSION.items())
         self._session.run(

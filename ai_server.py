@@ -7,6 +7,7 @@ import os
 import random
 import re
 import select
+import selectors
 import threading
 import time
 from collections import deque
@@ -27,10 +28,12 @@ log = logging.getLogger("ai_service.server")
 
 # Idle connections beyond this are not accepted until others close.
 MAX_CONNECTIONS = 10_000
-# Bodies and answers of this size are counted, kept in memory, and waited for until their client has them.
+# Bodies and answers over this size are counted until they were handled, and sent.
 LARGE_BYTES = 1 << 18
 # Larger bodies are not copied for their head.
 HEAD_JOINS_BYTES = 1 << 16
+# What waitress calls that a socket can be read, written, or both.
+POLLED = {1: select.POLLIN, 2: select.POLLOUT, 3: select.POLLIN | select.POLLOUT}
 CORE_SECONDS = 2.0
 # Columns of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal (proc_stat(5)).
 BUSY, INTERRUPTS = (0, 1, 2, 5, 6, 7), (5, 6)
@@ -80,10 +83,10 @@ class Room:
         self._limit = self._left = limit_bytes
         self._lock = threading.Lock()
 
-    def take(self, count: int) -> bool:
-        """Whether there was room for so many bytes, which are now taken. Alone anything finds room: it would never find more."""
+    def take(self, count: int, *, must: bool = False) -> bool:
+        """Whether there was room for so many bytes, or they `must` find it; they are taken then. Alone anything finds room."""
         with self._lock:
-            if count > self._left < self._limit:
+            if count > self._left < self._limit and not must:
                 return False
             self._left -= count
             return True
@@ -100,13 +103,11 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
     taken = 0
 
     def service(self) -> None:
-        """Answers; a large answer keeps its room until its client has it."""
+        """Answers; what room a large answer has it keeps until its client has read it."""
         try:
             super().service()
-            if self.content_bytes_written > LARGE_BYTES:
-                self.channel._flush_outbufs_below_high_watermark()  # noqa: SLF001
         finally:
-            self.channel.server.adj.room.give(self.taken)
+            self.channel.hold(self.taken)
 
     def build_response_header(self) -> None:
         """Leaves the head of the answer with the channel: it goes out with what is written next."""
@@ -115,19 +116,20 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
         self.channel.head = super().build_response_header()
 
     def write(self, data: bytes) -> None:
-        """Sends a part of the body, or the head alone where there is none. A large one that finds no room becomes a refusal.
-
-        The room of the request's body serves for its answer.
-        """
-        size = max(0, len(data) - self.request.taken)
-        if len(data) > LARGE_BYTES and not self.wrote_header:
-            if self.channel.server.adj.room.take(size):
-                self.taken = size
-            else:
-                self.status, headers, data = refusal(self.channel.server, Unavailable(NO_ROOM))
-                self.response_headers, self.content_length = headers, len(data)
+        """Sends a part of the body, or the head alone where there is none. A large one that finds no room becomes a refusal."""
+        if len(data) > LARGE_BYTES and not self.wrote_header and not self._finds_room(len(data)):
+            self.status, headers, data = refusal(self.channel.server, Unavailable(NO_ROOM))
+            self.response_headers, self.content_length = headers, len(data)
         super().write(data)
         self.channel.write_soon(b"")
+
+    def _finds_room(self, size: int) -> bool:
+        """The room of the request's body serves for its answer. What has changed something is told in any case."""
+        more = max(0, size - self.request.taken)
+        found: bool = self.channel.server.adj.room.take(more, must=self.request.command not in ("GET", "HEAD"))
+        if found:
+            self.taken, self.request.taken = self.request.taken + more, 0
+        return found
 
 
 class Nowhere:
@@ -168,6 +170,9 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             self.error, self.completed = waitress.utilities.RequestEntityTooLarge("the body is too large"), True
         if self.body_rcv is not None and not self.error:
             self._take_room()
+        if self.error:
+            # Or waitress would ask for the body all the same.
+            self.expect_continue = False
         return used
 
     def _take_room(self) -> None:
@@ -196,6 +201,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     error_task_class = ProblemTask
     parser_class = Parser
     head = b""
+    held = 0
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         self.loop = server.loop
@@ -215,11 +221,39 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         if isinstance(self.server, _Waker):
             self.server = self.server.server
 
+    def service(self) -> None:
+        """Answers a request; those behind it are forgotten when the client has gone."""
+        super().service()
+        if not self.connected:
+            with self.requests_lock:
+                for request in self.requests:
+                    request.close()
+                self.requests.clear()
+
+    def hold(self, count: int) -> None:
+        """Keeps the room of an answer until its last byte was sent."""
+        with self.outbuf_lock:
+            self.held += count
+            self._let_go()
+
+    def handle_write(self) -> None:
+        """Sends more of what waits."""
+        super().handle_write()
+        with self.outbuf_lock:
+            self._let_go()
+
     def handle_close(self) -> None:
         """The client has gone, or is let go; a request that has not come whole will not."""
         if self.request is not None:
             self.request.close()
         super().handle_close()
+        with self.outbuf_lock:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self.held and not self.total_outbufs_len:
+            self.adj.room.give(self.held)
+            self.held = 0
 
     def write_soon(self, data: bytes | None) -> int:
         """Sends what is written, after the head where that is still held back: one call of the system, one packet."""
@@ -248,56 +282,66 @@ class _Waker:
         """Called by the thread that answers."""
         if self._channel.writable() or not self._channel.loop.reads(self._channel):
             self._channel.loop.changed.append(self._channel)
-            self.server.pull_trigger()
+            self._channel.loop.wake()
 
 
 class Loop:
     """Waits for all sockets of a server at once. A turn costs what happens in it, however many connections are idle."""
 
     def __init__(self, server: Any) -> None:
-        self.changed: deque[Any] = deque()
-        self._server, self._epoll = server, select.epoll()
+        self._server, self._selector = server, selectors.DefaultSelector()
         self._watched: dict[int, int] = {}
+        self.changed: deque[Any] = deque([server.trigger])
+        # A signal handler writes to it: it must not wait for the loop it interrupts.
+        os.set_blocking(server.trigger.trigger, False)
 
     def turn(self, seconds: float) -> None:
         """Serves what is ready, after so many seconds at most."""
         cleanup = self._server.next_channel_cleanup
         self._watch(self._server)
         if self._server.next_channel_cleanup != cleanup:
-            self.changed.extend(self._server.active_channels.values())
+            self._let_stalled_readers_go()
         while self.changed:
             self._watch(self.changed.popleft())
-        for fd, events in self._epoll.poll(seconds):
-            each = self._server._map.get(fd)  # noqa: SLF001  waitress has no public name for it
+        for key, ready in self._selector.select(seconds):
+            each = self._server._map.get(key.fd)  # noqa: SLF001  waitress has no public name for it
             if each is not None:
-                waitress.wasyncore.readwrite(each, events)
+                waitress.wasyncore.readwrite(each, POLLED[ready])
                 self._watch(each)
+
+    def wake(self) -> None:
+        """Ends a turn that waits. Called by other threads and by signals."""
+        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+            self._server.trigger.pull_trigger()
 
     def reads(self, channel: Channel) -> bool:
         """Whether the next request on a connection would be noticed."""
-        return bool(self._watched.get(channel._fileno, 0) & select.EPOLLIN)  # noqa: SLF001
+        return bool(self._watched.get(channel._fileno, 0) & selectors.EVENT_READ)  # noqa: SLF001
 
     def forget(self, fd: int) -> None:
         """Stops watching a socket, which is still open."""
         if self._watched.pop(fd, 0):
-            self._epoll.unregister(fd)
+            self._selector.unregister(fd)
+
+    def _let_stalled_readers_go(self) -> None:
+        """waitress has just marked the connections that were silent for long and have no request; these have one."""
+        cutoff = time.time() - self._server.adj.channel_timeout
+        for channel in list(self._server.active_channels.values()):
+            channel.will_close |= bool(channel.total_outbufs_len and channel.last_activity < cutoff)
+            self.changed.append(channel)
 
     def _watch(self, each: Any) -> None:
         fd = each._fileno  # noqa: SLF001
         if fd is None:
             return
-        wanted = (select.EPOLLIN | select.EPOLLPRI) * each.readable() | select.EPOLLOUT * bool(each.writable() and not each.accepting)
-        known = self._watched.get(fd, 0)
-        if wanted == known:
+        wanted = selectors.EVENT_READ * bool(each.readable()) | selectors.EVENT_WRITE * bool(each.writable() and not each.accepting)
+        if wanted == self._watched.get(fd, 0):
             return
-        if not wanted:
+        with contextlib.suppress(OSError, KeyError):  # closed by another thread just now
             self.forget(fd)
-        elif known:
-            self._epoll.modify(fd, wanted)
-        else:
-            self._epoll.register(fd, wanted)
-        if wanted:
-            self._watched[fd] = wanted
+            if wanted:
+                self._selector.register(fd, wanted)
+                self._watched[fd] = wanted
 
 
 class Core:
@@ -332,7 +376,11 @@ class Core:
 
     def _ticks(self, columns: Sequence[int]) -> dict[int, int]:
         """How long each core has done these things since the system started."""
-        lines = (line.split() for line in self._stat.read_text().splitlines() if re.match(r"cpu\d", line))
+        try:
+            text = self._stat.read_text()
+        except OSError:
+            return {}
+        lines = (line.split() for line in text.splitlines() if re.match(r"cpu\d", line))
         return {int(name[3:]): sum(int(fields[column]) for column in columns) for name, *fields in lines}
 
     def _move(self) -> None:
@@ -380,7 +428,6 @@ class Server:
             # What is counted as memory is memory: no files on the way, for which a container may have no place.
             inbuf_overflow=2 * max_body_bytes,
             outbuf_overflow=1 << 40,
-            outbuf_high_watermark=LARGE_BYTES,
             ident=None,
         )
         self._waitress.channel_class = Channel
@@ -393,7 +440,7 @@ class Server:
     def end(self, *_signal: object) -> None:
         """Told once, the server drains; told again, it closes now. A signal handler: it may interrupt anything, so it only leaves word."""
         self._times_told += 1
-        self._waitress.pull_trigger()
+        self._loop.wake()
 
     def run(self) -> None:
         """Returns when the listener has closed and what was being answered has been."""

@@ -265,7 +265,9 @@ _CREATE = (
     "string_to_array(:inputs, chr(30)), :sizes::int[], :max_attempts::int[], :run_ats::timestamptz[], :expires_ats::timestamptz[], "
     ":keys::text[], :traceparents::text[])"
 )
-# With the claim itself comes what the buffers of a connection take: the claim is committed, and its lock free, once all of it was sent.
+# With the claim itself comes what the buffers of a connection take, a job counted as its input, owner_ref and 768 bytes: the claim is
+# committed, and its lock free, once all of it was sent. Jobs that the statement does not see came while it waited for the lock: nobody
+# knows their size.
 CLAIMED_AT_ONCE_BYTES = 1 << 17
 _CLAIM = """-- queue.claim
 with taken as materialized (
@@ -275,7 +277,9 @@ with taken as materialized (
   select array_agg((:claim_ids::uuid[])[t.n]) as claim_ids, array_agg(id) as job_ids from taken t, unnest(t.job_ids) id
 ), text as materialized (
   select t.* from (
-    select * from job_claim c where (select sum(j.input_bytes) from job j where j.id = any (c.job_ids)) <= :at_once::int) c,
+    select * from job_claim c where (
+      select count(*) = cardinality(c.job_ids) and sum(j.input_bytes + octet_length(j.owner_ref) + 768) <= :at_once::int
+      from job j where j.id = any (c.job_ids))) c,
     claimed_texts_v1(c.claim_ids, c.job_ids) t
 )
 select json_agg(json_build_array(outcome, job_ids, lane_ids, seqs, owner_order, jobs is not null) order by n)::text,

@@ -906,7 +906,7 @@ begin
 end $$;
 
 -- The counters are summed before they are dealt out to profiles, types and owners, and by hashing: with a day of 200 combinations that is 15 ms
--- instead of 105. Durations are those of the last five quarters of an hour.
+-- instead of 105. Durations are those of the last hour or up to a quarter more.
 create or replace function stats_v1(window_seconds int, only_owners text[]) returns text language sql volatile
 set enable_sort = off set enable_seqscan = off set enable_mergejoin = off as $$
   with span as (
@@ -924,7 +924,7 @@ set enable_sort = off set enable_seqscan = off set enable_mergejoin = off as $$
     from lane l left join lane_count c on c.lane_id = l.id where not l.idle and (only_owners is null or l.owner_service = any (only_owners))
   ), lasted as materialized (
     select owner_service, task_type, model_profile, event = 'claimed' as waits, seconds_bucket, sum(n) as n from history h
-    where span_seconds = 900 and start_at > now() - interval '67 minutes' and (only_owners is null or owner_service = any (only_owners))
+    where span_seconds = 900 and start_at > now() - interval '75 minutes' and (only_owners is null or owner_service = any (only_owners))
     group by owner_service, task_type, model_profile, event = 'claimed', seconds_bucket
   ), cells as (
     select d.kind, d.name, waits, seconds_bucket, sum(n) as n

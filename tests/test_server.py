@@ -1,17 +1,20 @@
 """The server under waitress: its loop, and the core that its threads keep to."""
 
 import os
+import select
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import waitress.server
 from postgres import fresh_schema
 from service import Answer, Corner, Service, encoded, raw_post, running_service, wait_until
 
-from ai_server import Core
+from ai_server import Core, Loop
 
 CORES = sorted(os.sched_getaffinity(0))
 several_cores = pytest.mark.skipif(len(CORES) < 2, reason="this machine lends one core")
@@ -179,3 +182,75 @@ def test_a_large_answer_without_room_is_refused_until_the_other_is_read(narrow: 
     for _ in range(3):
         wait_until(lambda: narrow.api.get(f"/api/v1/jobs/{job['id']}").status == 200, what="the answer")
     assert corner.look(job)["result"] == {"text": "y" * 900_000}
+
+
+def answer_of(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    answer = b""
+    while part := connection.recv(1 << 16):
+        answer += part
+    return answer
+
+
+def test_a_connection_that_is_not_kept_is_closed_at_once(narrow: Service) -> None:
+    taken = []
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", narrow.api.port), timeout=20) as connection:
+            begun = time.monotonic()
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert answer_of(connection).endswith(b"}")
+            taken.append(time.monotonic() - begun)
+    # A turn of the loop that nobody ends lasts a second.
+    assert min(taken) < 0.5
+
+
+def test_waking_the_loop_more_often_than_it_listens_blocks_nobody() -> None:
+    server = waitress.server.create_server(lambda *_: [], listen="127.0.0.1:0", threads=1)
+    try:
+        loop = Loop(server)
+        for _ in range(70_000):
+            loop.wake()
+        # The pipe is emptied turn by turn, and then nothing is left to do.
+        for _ in range(20):
+            loop.turn(0)
+        assert not select.select([server.trigger._fds[0]], [], [], 0)[0]
+    finally:
+        server.task_dispatcher.shutdown()
+        server.close()
+
+
+@contextmanager
+def stalled(service: Service, job: dict[str, Any], behind: bytes = b"") -> Iterator[socket.socket]:
+    """A client that asked for a job with a large result, and something `behind` it, and reads nothing."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with connection:
+        connection.connect(("127.0.0.1", service.api.port))
+        connection.sendall(f"GET /api/v1/jobs/{job['id']} HTTP/1.1\r\nHost: x\r\n\r\n".encode() + behind)
+        yield connection
+
+
+def test_who_hangs_up_leaves_no_room_taken(postgres_url: str, schema: str) -> None:
+    with running_service(postgres_url, schema, MAX_BODY_BYTES=str(8 * MEGABYTE), MAX_BODIES_BYTES=str(8 * MEGABYTE)) as service:
+        corner = Corner(service.api)
+        job = corner.take()
+        corner.done(job, "complete", result={"text": "y" * 7_000_000})
+        body = encoded(large_job(corner))
+        for _ in range(12):
+            with stalled(service, job, raw_post("/api/v1/jobs", body).replace(b"Connection: close\r\n", b"")) as connection:
+                connection.recv(100)
+        assert create_until(service, corner.job(input={"text": "x" * 7_900_000}), 201)
+
+
+def test_a_claim_is_told_even_without_room(narrow: Service) -> None:
+    corner = Corner(narrow.api)
+    for _ in range(3):
+        create_until(narrow, corner.job(input={"text": "x" * 300_000}), 201)
+    with half_sent(narrow, encoded(corner.job(input={"text": "x" * 1_000_000}))):
+        create_until(narrow, large_job(corner), 503)
+        assert len(corner.claim(limit=3)) == 3
+
+
+def test_a_body_that_is_announced_too_large_is_not_asked_for(narrow: Service) -> None:
+    head = raw_post("/api/v1/jobs", b"", "Expect: 100-continue").replace(b"Content-Length: 0", b"Content-Length: 100000000")
+    assert narrow.api.raw(head).startswith(b"HTTP/1.1 413 ")
