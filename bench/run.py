@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.1, help="1 is the full size of the targets")
     parser.add_argument("--seconds", type=float, default=5.0, help="per rate")
     parser.add_argument("--jobs", type=int, default=20_000, help="per peer")
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--cases", default=",".join(CASES), help="all unless told: %(default)s")
     parser.add_argument("--peers", default="", help=f"any of {','.join(peers.PEERS)}; installed at first use")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
