@@ -722,7 +722,7 @@ class Gathering:
 
 # ── Waiting room ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-PEEK_SECONDS = 0.3
+PEEK_SECONDS = 0.35
 # After something became ready, the claims look again for this long: the number was handed out before the commit.
 LATE_COMMIT_SECONDS = 1.0
 MAX_REQUESTS_PER_CLAIM = 16

@@ -1,5 +1,6 @@
 """What the benchmarks stand on: a database of their own, service processes, and the table of figures and targets."""
 
+import contextlib
 import json
 import os
 import re
@@ -64,6 +65,15 @@ class Server:
         return float(self.process.memory_info().rss) / (1 << 20)
 
 
+def database_seconds() -> float:
+    """What PostgreSQL's processes, started by this one, have used of the cores so far; those that have ended not."""
+    used = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            used += sum(process.cpu_times()[:2]) if process.name() == "postgres" else 0.0
+    return used
+
+
 @attrs.frozen
 class Bench:
     """What a case gets: the database, the table, and how large and how long it may be."""
@@ -101,10 +111,12 @@ class Bench:
 
     def rate(self, name: str, server: Server, count: int, work: clients.Work, seconds: float | None = None) -> float:
         """The rate of so many client processes doing this work, and what share of the machine's cores all had."""
-        before, begun = server.processor_seconds(), time.monotonic()
+        before, database, begun = server.processor_seconds(), database_seconds(), time.monotonic()
         load = clients.run(server.port, count, seconds or self.seconds, work)
         cores = (os.cpu_count() or 1) * (time.monotonic() - begun)
-        share = (server.processor_seconds() - before) / cores
-        return self.table.add(
-            f"{name}, {count} clients", load.rate, "/s", clients=load.share, service=share, memory=f"{server.memory_mb():.0f} MB"
-        )
+        shares = {
+            "clients": load.share,
+            "service": (server.processor_seconds() - before) / cores,
+            "database": max(0.0, database_seconds() - database) / cores,
+        }
+        return self.table.add(f"{name}, {count} clients", load.rate, "/s", **shares, memory=f"{server.memory_mb():.0f} MB")
