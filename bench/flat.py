@@ -299,14 +299,18 @@ def snapshot(bench: Bench) -> None:
     """
     seconds = 600.0 if bench.scale >= 1 else 100 * bench.scale
     lives = bench.size(200_000) // 100 // 12 + 1
-    with schemas(bench, "snapshot", "snapshot_new"), bench.serving("snapshot") as server, bench.serving("snapshot_new") as beside:
-        with closing(session_on(bench.url, "snapshot")) as stranger:
-            stranger.run("begin isolation level repeatable read; select count(*) from lane")
-            at_start = steps(calls(bench, 200), clients.Client(server.port))
-            # In parts: who waits for the clients waits ten minutes at most.
-            done = sum(clients.run(server.port, 2, 0, functools.partial(paced, lives, seconds / 6)).done for _ in range(6))
-            # New connections: the service lets silent ones go after two minutes.
-            at_end = steps(calls(bench, 200), clients.Client(server.port), clients.Client(beside.port))
+    with (
+        schemas(bench, "snapshot", "snapshot_new"),
+        bench.serving("snapshot") as server,
+        bench.serving("snapshot_new") as beside,
+        closing(session_on(bench.url, "snapshot")) as stranger,
+    ):
+        stranger.run("begin isolation level repeatable read; select count(*) from lane")
+        at_start = steps(calls(bench, 200), clients.Client(server.port))
+        # In parts: who waits for the clients waits ten minutes at most.
+        done = sum(clients.run(server.port, 2, 0, functools.partial(paced, lives, seconds / 6)).done for _ in range(6))
+        # New connections: the service lets silent ones go after two minutes.
+        at_end = steps(calls(bench, 200), clients.Client(server.port), clients.Client(beside.port))
     for number, verb in enumerate(("create", "claim", "complete")):
         start, end, fresh = (statistics.median(taken) for taken in (at_start[number], at_end[number], at_end[number + 3]))
         bench.table.add(f"snapshot, {verb} 100: at its start", start, "ms")
