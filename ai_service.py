@@ -842,18 +842,22 @@ class WaitingRoom:
 
     def _work(self) -> None:
         while True:
-            with self._lock:
-                if not self._woken:
-                    self._changed.wait(self._pause())
-                woken, self._woken = list(self._woken), {}
-            try:
-                self._claim_for(woken)
-                self._look_around()
-            except Refusal as refusal:
-                self._answer_all(refusal)
-            except Exception:
-                log.exception("claims_failed")
-                self._answer_all(Refusal())
+            self._round()
+
+    def _round(self) -> None:
+        """Waits for claims and sees to them. What it had in hand, payloads among it, is let go at its end."""
+        with self._lock:
+            if not self._woken:
+                self._changed.wait(self._pause())
+            woken, self._woken = list(self._woken), {}
+        try:
+            self._claim_for(woken)
+            self._look_around()
+        except Refusal as refusal:
+            self._answer_all(refusal)
+        except Exception:
+            log.exception("claims_failed")
+            self._answer_all(Refusal())
 
     def _pause(self) -> float | None:
         """How long nothing is due, with the lock held; None where nobody waits."""
