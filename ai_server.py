@@ -1,7 +1,7 @@
 """waitress with this service's limits: problem bodies for what it refuses itself, and an end in two steps, drain then stop.
 
-In the order of a request: the parser takes it in, as far as there is room for its body; the loop, which replaces waitress' own, notices what can be
-read and written; a task has the application answer it. The threads keep together on one core.
+In the order of a request: the loop, which replaces waitress' own, notices what can be read and written; the parser takes the request
+in, as far as there is room for its body; a task has the application answer it. The threads keep together on one core.
 """
 
 import contextlib
