@@ -950,6 +950,8 @@ UPKEEP_SECONDS = 2.0
 FIRST_ROUND_SECONDS = 5.0
 PARTITIONS_SECONDS = 60.0
 RETENTION_SECONDS = 600.0
+# Between two steps of clearing what was retired: without it claims took three times as long meanwhile, at the 99th percentile.
+RETIRING_PAUSE_SECONDS = 0.2
 
 
 class Upkeep:
@@ -1056,6 +1058,7 @@ class Upkeep:
         more = bool(retired) or (self._settings.retention is not None and self._queue.clear_retired(self._settings.retention))
         if more:
             self._next["retention"] = 0.0
+            self._stopped.wait(RETIRING_PAUSE_SECONDS)
         return more
 
 

@@ -24,6 +24,9 @@
 --   upkeep_state    when the ledger was folded last
 --   schema_version  which of these files was applied
 --
+-- What is found by a list is also asked for by `= any (list)`: where a table was empty when it was analysed, a plan may begin with its rows
+-- instead of the list, and would step over all that is dead while somebody holds a snapshot.
+--
 -- Functions, called by one statement each, hold their plans themselves (`set enable_seqscan = off` and so on: statistics are always behind
 -- on tables that fill and empty). They carry the version of their signature: a later release adds _v2 and leaves _v1 to the
 -- release before it. In the order of a job's life: create_jobs, claim_jobs, claimed_texts, peek, heartbeat_jobs, complete_jobs, fail_jobs, release_jobs,
@@ -520,7 +523,8 @@ begin
       with chosen as (
         select * from unnest(lanes_of, seqs_of, requests_of) with ordinality u (lane_id, seq, request, turn)
       ), taken as (
-        delete from ready r using chosen u where r.lane_id = u.lane_id and r.seq = u.seq returning r.*, u.request, u.turn
+        delete from ready r using chosen u
+        where r.lane_id = u.lane_id and r.seq = u.seq and r.lane_id = any (lanes_of) and r.seq = any (seqs_of) returning r.*, u.request, u.turn
       ), now_held as (
         insert into held (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at)
         select job_id, lane_id, claim_ids[t.request], worker_ids[t.request], attempt + 1, releases, run_at, claimed_at,
@@ -575,7 +579,7 @@ begin
       rfc3339(j.created_at) as created_at, rfc3339(h.run_at) as run_at, rfc3339(j.expires_at) as expires_at,
       rfc3339(h.lease_expires_at) as lease_expires_at, h.lease_seconds, j.traceparent, j.input
     from unnest(claim_ids, job_ids) with ordinality c (claim_id, job_id, n)
-    join held h on h.job_id = c.job_id and h.claim_id = c.claim_id
+    join held h on h.job_id = c.job_id and h.claim_id = c.claim_id and h.job_id = any (job_ids)
     join job j on j.id = c.job_id
     join lane l on l.id = h.lane_id
     order by c.n) t
@@ -600,7 +604,7 @@ begin
       lease_expires_at = now() + coalesce(u.lease, h.lease_seconds) * interval '1 second', progress = coalesce(u.progress::json, h.progress)
     from (select * from unnest(job_ids, claim_ids, lease_seconds_, progresses) with ordinality u (job_id, claim_id, lease, progress, n)
           order by u.job_id) u
-    where h.job_id = u.job_id and h.claim_id = u.claim_id
+    where h.job_id = u.job_id and h.claim_id = u.claim_id and h.job_id = any (job_ids)
     returning h.job_id, h.claim_id, rfc3339(h.lease_expires_at) as until, h.lease_seconds, h.worker_id)
   select u.n, case when b.job_id is null then late_outcome(u.job_id, u.claim_id, 'heartbeat') else 'ok' end, b.until, b.lease_seconds, b.worker_id
   from unnest(job_ids, claim_ids) with ordinality u (job_id, claim_id, n)
@@ -667,7 +671,7 @@ begin
     delete from held h
     using (select * from unnest(job_ids, claim_ids, results, usages, prompts, completions, totals, audios)
              with ordinality u (job_id, claim_id, result, usage, prompt, completion, total, audio, n) order by u.job_id) u
-    where h.job_id = u.job_id and h.claim_id = u.claim_id
+    where h.job_id = u.job_id and h.claim_id = u.claim_id and h.job_id = any (job_ids)
     returning h.*, u.result, u.usage, u.prompt, u.completion, u.total, u.audio, u.n
   ), endings as (
     insert into ended (job_id, status, attempt, claim_id, worker_id, run_at, started_at, finished_at, progress, usage, result)
@@ -701,7 +705,7 @@ begin
     using (select * from unnest(job_ids, claim_ids, categories, messages, retryables, delays, usages, prompts, completions, totals, audios)
              with ordinality u (job_id, claim_id, category, message, retryable, delay, usage, prompt, completion, total, audio, n)
            order by u.job_id) u
-    where h.job_id = u.job_id and h.claim_id = u.claim_id
+    where h.job_id = u.job_id and h.claim_id = u.claim_id and h.job_id = any (job_ids)
     returning h.*, u.category, u.message, u.retryable, u.delay, u.usage, u.prompt, u.completion, u.total, u.audio, u.n
   ), judged as (
     select t.*,

@@ -130,3 +130,31 @@ def test_stats_cost_nothing_per_job(session: Connection) -> None:
     read = read_by(session, "select stats_v1(86400, null)")
     assert read.get("job", (0, 0)) == read.get("ended", (0, 0)) == read.get("held", (0, 0)) == (0, 0)
     assert read.get("ready", (0, 0))[0] == 0
+
+
+def test_dead_rows_under_a_held_snapshot_are_not_stepped_over(postgres_url: str) -> None:
+    with fresh_schema(postgres_url) as schema:
+        pool = Database(read_database_url(postgres_url), schema, 2)
+        migrate(pool)
+        pool.close()
+        stranger, session = connect(postgres_url, schema), connect(postgres_url, schema)
+        session.run("alter table held set (autovacuum_enabled = off)")
+        stranger.run("begin isolation level repeatable read; select count(*) from lane")
+        hold = """insert into held
+              (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at)
+            select gen_random_uuid(), 1, gen_random_uuid(), 'w', 1, 0, now(), now(), 900, now() from generate_series(1, :count::int)
+            returning job_id::text, claim_id::text"""
+        session.run(hold, count=5000)
+        session.run("delete from held")
+        session.run("analyze held")
+        held = session.run(hold, count=10)
+        jobs, claims = ([row[column] for row in held] for column in (0, 1))
+        for call in (
+            "heartbeat_jobs_v1(:jobs::uuid[], :claims::uuid[], array_fill(900::float8, array[10]), array_fill(null::text, array[10]))",
+            "claimed_texts_v1(:claims::uuid[], :jobs::uuid[])",
+            "release_jobs_v1(:jobs::uuid[], :claims::uuid[], array_fill(0::float8, array[10]))",
+        ):
+            plan = session.run(f"explain (analyze, buffers, format json) select * from {call}", jobs=jobs, claims=claims)[0][0][0]["Plan"]
+            assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 3000, call
+        session.close()
+        stranger.close()
