@@ -147,7 +147,7 @@ class _Unhurried:
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._write = stream, stream.write
+        self._write = stream.write
         self.read, self.flush, self.close = stream.read, stream.flush, stream.close
 
     def write(self, message: bytes) -> None:
@@ -233,10 +233,10 @@ def literal(value: Any) -> str | None:
 
 def _texts(texts: Sequence[str]) -> str:
     """An array of texts, escaped all at once. A NUL parts them meanwhile; PostgreSQL refuses a text that has one itself."""
-    joined = "\0".join(texts)
-    if joined.count("\0") >= len(texts):
+    text = "\0".join(texts)
+    if text.count("\0") >= len(texts):
         return _elements(texts)
-    return '{"' + joined.replace("\\", "\\\\").replace('"', '\\"').replace("\0", '","') + '"}'
+    return '{"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\0", '","') + '"}'
 
 
 def _elements(values: Sequence[Any]) -> str:
