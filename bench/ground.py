@@ -109,6 +109,17 @@ class Bench:
             process.terminate()
             process.wait(30)
 
+    @contextmanager
+    def without_queue(self) -> Iterator[Server]:
+        """A process that reads, checks and answers creates as the service does, and has neither queue nor database."""
+        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("floor.py"))], stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        try:
+            yield Server(int(process.stdout.readline()), psutil.Process(process.pid))
+        finally:
+            process.terminate()
+            process.wait(30)
+
     def rate(self, name: str, server: Server, count: int, work: clients.Work, seconds: float | None = None) -> float:
         """The rate of so many client processes doing this work, and what share of the machine's cores all had."""
         before, database, begun = server.processor_seconds(), database_seconds(), time.monotonic()

@@ -1,0 +1,67 @@
+"""What a create costs before the queue has anything to do: the service's own server reads, checks and answers, and keeps nothing.
+
+    python bench/floor.py      serves on a free port, which it prints, until it is told to end
+
+What is left up to the rate of a real create is the queue's: its part of a statement, and the wait for a durable commit.
+"""
+
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import falcon
+import ground  # noqa: F401  puts the source on the path
+
+import ai_service
+from ai_requests import NewJob, read_body
+from ai_server import Server, listen
+
+# As long as the answer to a create.
+ANSWER = b'{"id":"' + b"x" * 640 + b'"}'
+
+
+class Jobs(ai_service.Resource):
+    """POST reads and checks a job as the service does."""
+
+    def __init__(self) -> None:
+        self.service: Any = SimpleNamespace(settings=SimpleNamespace(max_body_bytes=32 << 20))
+
+    def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Forgets the job."""
+        read_body(self.body(request), NewJob)
+        response.location = "/api/v1/jobs/0"
+        ai_service.send(response, ANSWER, falcon.HTTP_201)
+
+
+class Health:
+    """GET answers as the service does."""
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """Asks nobody."""
+        ai_service.send(response, '{"status":"ok","version":"0.0.0"}')
+
+
+def main() -> None:
+    """Serves until SIGTERM."""
+    app = falcon.App(middleware=[ai_service.StrictQueries()])
+    app.add_route("/api/v1/jobs", Jobs())
+    app.add_route("/healthz", Health())
+    listener = listen("127.0.0.1", 0)
+    server = Server(
+        app,
+        listener,
+        threads=256,
+        max_body_bytes=32 << 20,
+        max_bodies_bytes=128 << 20,
+        problem=ai_service.refused_by_server,
+        drain=lambda: None,
+        drain_seconds=0,
+        one_core=True,
+    )
+    signal.signal(signal.SIGTERM, server.end)
+    print(listener.getsockname()[1], flush=True)
+    server.run()
+
+
+if __name__ == "__main__":
+    main()
