@@ -42,13 +42,15 @@ CORE_SECONDS = 2.0
 # Columns of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal (proc_stat(5)).
 BUSY, INTERRUPTS = (0, 1, 2, 5, 6, 7), (5, 6)
 TICKS = os.sysconf("SC_CLK_TCK")
-# After the listener closed: how long answers under way may take, in seconds.
+# How many connections may wait for being accepted.
+BACKLOG = 1024
+# After the listener closed: how long requests and answers under way may take, in seconds.
 LAST_ANSWERS_SECONDS = 10.0
 
 
 def listen(host: str, port: int) -> socket:
     """A listening socket. Raises OSError."""
-    return create_server((host, port), family=AF_INET6 if ":" in host else AF_INET, backlog=1024)
+    return create_server((host, port), family=AF_INET6 if ":" in host else AF_INET, backlog=BACKLOG)
 
 
 NO_ROOM = "too many large bodies and answers are in hand"
@@ -456,8 +458,10 @@ class Server:
             if left <= 0:
                 break
             self._loop.turn(min(1.0, left))
-        waitress.wasyncore.dispatcher.close(self._waitress)
+        self._close_listener()
         deadline = time.monotonic() + LAST_ANSWERS_SECONDS
+        # What has come by now is read before anybody asks whether there is something left to do.
+        self._loop.turn(0.1)
         while self._is_busy() and time.monotonic() < deadline:
             self._loop.turn(0.1)
         self._waitress.task_dispatcher.shutdown()
@@ -471,5 +475,12 @@ class Server:
             self._drain()
             self._closes_at = min(self._closes_at, time.monotonic() + self._drain_seconds)
 
+    def _close_listener(self) -> None:
+        """Connections that wait are accepted first: the close would reset them, and the requests that they have sent."""
+        for _ in range(BACKLOG):
+            self._waitress.handle_accept()
+        waitress.wasyncore.dispatcher.close(self._waitress)
+
     def _is_busy(self) -> bool:
-        return any(channel.requests or channel.total_outbufs_len for channel in list(self._waitress.active_channels.values()))
+        channels = list(self._waitress.active_channels.values())
+        return any(channel.requests or channel.request or channel.total_outbufs_len for channel in channels)

@@ -2,10 +2,11 @@
 
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,54 @@ def test_a_claim_is_told_even_without_room(narrow: Service) -> None:
 def test_a_body_that_is_announced_too_large_is_not_asked_for(narrow: Service) -> None:
     head = raw_post("/api/v1/jobs", b"", "Expect: 100-continue").replace(b"Content-Length: 0", b"Content-Length: 100000000")
     assert narrow.api.raw(head).startswith(b"HTTP/1.1 413 ")
+
+
+# ---------------------------------------------------------------- the end
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@contextmanager
+def stopped_in_its_tracks(service: Service) -> Iterator[None]:
+    """The process does nothing meanwhile; at the end it goes on, and finds all that has come and that it is to end."""
+    os.kill(service.process.pid, signal.SIGSTOP)
+    try:
+        yield
+        service.terminate()
+    finally:
+        os.kill(service.process.pid, signal.SIGCONT)
+
+
+def test_requests_that_came_before_the_listener_closes_are_answered(postgres_url: str, schema: str) -> None:
+    with running_service(postgres_url, schema) as service, ExitStack() as stack:
+        address = ("127.0.0.1", service.api.port)
+        kept = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(20)]
+        for connection in kept:
+            connection.sendall(HEALTH)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        with stopped_in_its_tracks(service):
+            waiting = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(20)]
+            for connection in kept + waiting:
+                connection.sendall(HEALTH)
+        for connection in kept + waiting:
+            assert answer_of(connection).startswith(b"HTTP/1.1 200 ")
+        assert service.wait() == 0
+
+
+def test_a_body_under_way_when_the_listener_closes_is_taken_in(postgres_url: str, schema: str) -> None:
+    with running_service(postgres_url, schema) as service:
+        corner = Corner(service.api)
+        body = encoded(corner.job())
+        with half_sent(service, body) as connection:
+            service.terminate()
+            wait_until(lambda: not listens(service), what="the close of the listener")
+            connection.sendall(body[-len(body) // 2 :])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 201 ")
+        assert service.wait() == 0
+
+
+def listens(service: Service) -> bool:
+    """Whether connections are taken."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", service.api.port)) == 0
