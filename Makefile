@@ -5,6 +5,7 @@
 #   make test     the tests
 #   make check    lint, types and tests: what CI runs
 #   make chaos    20,000 jobs while service processes are killed again and again
+#   make rolling  60 restarts behind HAProxy under load; no client may notice (needs haproxy)
 #   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
 #   make bench-full   the same with the numbers of jobs that the targets name: an hour
 #
@@ -16,7 +17,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check chaos bench bench-full clean
+.PHONY: help demo run test lint format types check chaos rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +46,9 @@ check: lint types test
 
 chaos: $(VENV)/.ready
 	CHAOS_JOBS=20000 $(VENV)/bin/python -m pytest -s tests/test_chaos.py
+
+rolling: $(VENV)/.ready
+	ROLLING_RESTARTS=$${ROLLING_RESTARTS:-60} $(VENV)/bin/python -m pytest -s tests/test_rolling.py
 
 # Procrastinate first, beside the workers it is compared with: its rate doubles while anything else keeps the machine awake.
 PEERS = procrastinate,graphile,pgbench,pgqueuer,pgboss,awa
