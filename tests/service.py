@@ -122,7 +122,9 @@ def raw_post(path: str, body: bytes, *headers: str) -> bytes:
 
 
 class Service:
-    """One `ai_service.py serve` process on a free port, and everything it logs."""
+    """One `ai_service.py serve` process on a free port, and everything it logs; another release has another `command`."""
+
+    command: tuple[str, ...] = (sys.executable, str(MAIN), "serve")
 
     def __init__(self, database_url: str, schema: str, **settings: str) -> None:
         machine = {name: os.environ[name] for name in INHERITED if name in os.environ}
@@ -135,9 +137,7 @@ class Service:
 
     def start(self) -> Service:
         """Start, and return once it listens; AssertionError with its log when it does not within 30 s."""
-        self.process = subprocess.Popen(
-            [sys.executable, str(MAIN), "serve"], env=self.environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
+        self.process = subprocess.Popen(self.command, env=self.environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         with self._changed:
