@@ -4,6 +4,7 @@
 #   make run      the same, kept running on http://127.0.0.1:8080; the data stays in DATA
 #   make test     the tests
 #   make check    lint, types and tests: what CI runs
+#   make lock     pins the packages of the image anew, by version and hash
 #   make chaos    20,000 jobs while service processes are killed again and again
 #   make rolling  60 restarts behind HAProxy under load; no client may notice (needs haproxy)
 #   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
@@ -17,7 +18,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check chaos rolling bench bench-full clean
+.PHONY: help demo run test lint format types check lock chaos rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,6 +44,14 @@ types: $(VENV)/.ready
 	$(VENV)/bin/mypy
 
 check: lint types test
+
+# For every platform and Python at once, newest releases; review what changes. The project's own requirements stay in pyproject.toml.
+LOCK = $(VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+lock: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	$(LOCK) pyproject.toml --output-file requirements.lock
+	$(VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	  | $(LOCK) - --output-file requirements-build.lock
 
 chaos: $(VENV)/.ready
 	CHAOS_JOBS=20000 $(VENV)/bin/python -m pytest -s tests/test_chaos.py
