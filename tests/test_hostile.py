@@ -1,0 +1,287 @@
+"""Hostile and heavy traffic on raw sockets: one request is one request, nobody holds what others need, and health answers quickly."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from postgres import fresh_schema
+from service import Answer, Api, Corner, Service, encoded, raw_post, running_service
+
+CREATE, CLAIM = "/api/v1/jobs", "/api/v1/jobs/claim"
+MEGABYTE = 1 << 20
+STALL_SECONDS = 1.0
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+# A turn of the loop and a busy machine; what it guards against takes seconds.
+QUICK_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def besieged(postgres_url: str) -> Iterator[Service]:
+    """A service with little of everything: 48 threads, 16 of them for those who wait, and room for one large body."""
+    limits = {"MAX_BODY_BYTES": str(8 * MEGABYTE), "MAX_BODIES_BYTES": str(8 * MEGABYTE), "HTTP_THREADS": "48"}
+    with fresh_schema(postgres_url) as schema, running_service(postgres_url, schema, STALL_SECONDS=str(STALL_SECONDS), **limits) as service:
+        yield service
+
+
+@pytest.fixture
+def siege(besieged: Service) -> Corner:
+    """A corner of the besieged service."""
+    return Corner(besieged.api)
+
+
+@contextmanager
+def connected(api: Api, *sent: bytes) -> Iterator[socket.socket]:
+    """A connection on which this was sent."""
+    with socket.create_connection(("127.0.0.1", api.port), timeout=30) as connection:
+        for part in sent:
+            connection.sendall(part)
+        yield connection
+
+
+def health_seconds(api: Api) -> float:
+    """How long a balancer waits for the answer on a new connection."""
+    begun = time.monotonic()
+    assert api.raw(HEALTH).startswith(b"HTTP/1.1 200 ")
+    return time.monotonic() - begun
+
+
+def memory_of(service: Service) -> int:
+    """The resident bytes of a service."""
+    with open(f"/proc/{service.process.pid}/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def open_files(service: Service) -> int:
+    """How many descriptors a service has open."""
+    return len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
+
+
+def answers_in(received: bytes) -> list[Answer]:
+    """All answers that came over a connection, in their order."""
+    answers = []
+    while received:
+        head, _, rest = received.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.title(): value for name, value in (line.split(": ", 1) for line in lines)}
+        length = int(headers.get("Content-Length", "0"))
+        answers.append(Answer(int(first.split()[1]), headers, rest[:length]))
+        received = rest[length:]
+    return answers
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    """What comes until the other side closes, in whatever way."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            received += part
+    return received
+
+
+# ---------------------------------------------------------------- request smuggling
+
+
+def chunk(data: bytes, size: bytes | None = None, behind: bytes = b"", end: bytes = b"\r\n") -> bytes:
+    """One chunk, its size in another spelling or with something behind it where wanted."""
+    return (b"%x" % len(data) if size is None else size) + behind + b"\r\n" + data + end
+
+
+# A request that a proxy would not have let through, in the place of <H>; its length in decimal as <N>, in hexadecimal as <X>.
+CHUNKED, LAST = "Transfer-Encoding: chunked", b"0\r\n\r\n"
+REFUSED: dict[str, tuple[list[str], bytes]] = {
+    "a length and chunks": (["Content-Length: <N>", CHUNKED], LAST + b"<H>"),
+    "chunks and a length": ([CHUNKED, "Content-Length: 5"], LAST + b"<H>"),
+    "two lengths that differ": (["Content-Length: 0", "Content-Length: <N>"], b"<H>"),
+    "two lengths alike": (["Content-Length: <N>", "Content-Length: <N>"], b"<H>"),
+    "two lengths in one line": (["Content-Length: 0, <N>"], b"<H>"),
+    "a negative length": (["Content-Length: -1"], b"<H>"),
+    "a signed length": (["Content-Length: +0"], b"<H>"),
+    "a hexadecimal length": (["Content-Length: 0x0"], b"<H>"),
+    "a length with a fraction": (["Content-Length: 0.0"], b"<H>"),
+    "an empty length": (["Content-Length: "], b"<H>"),
+    "a length in other digits": (["Content-Length: \u00b9"], b"<H>"),
+    "a length with a vertical tab": (["Content-Length: \x0b0"], b"<H>"),
+    "a length of 5,000 digits": (["Content-Length: " + "0" * 4999 + "1"], b"<H>"),
+    "an encoding almost chunked": (["Transfer-Encoding: xchunked"], LAST + b"<H>"),
+    "chunked in quotes": (['Transfer-Encoding: "chunked"'], LAST + b"<H>"),
+    "chunked with a parameter": (["Transfer-Encoding: chunked;q=1"], LAST + b"<H>"),
+    "chunked with a vertical tab": (["Transfer-Encoding: \x0bchunked"], LAST + b"<H>"),
+    "chunked, then identity": (["Transfer-Encoding: chunked, identity"], LAST + b"<H>"),
+    "chunked in one of two lines": (["Transfer-Encoding: gzip", CHUNKED], LAST + b"<H>"),
+    "a space before the colon": (["Transfer-Encoding : chunked"], LAST + b"<H>"),
+    "a length with a space before the colon": (["Content-Length : <N>"], b"<H>"),
+    "a bare line feed": (["X-Bare: a\nContent-Length: <N>"], b"<H>"),
+    "a bare carriage return": (["X-Bare: a\rContent-Length: <N>"], b"<H>"),
+    "a NUL": (["X-Bare: a\0", "Content-Length: <N>"], b"<H>"),
+    "a header without a colon": (["Content-Length <N>"], b"<H>"),
+    "a chunk size with a sign": ([CHUNKED], chunk(b"", b"+0") + b"<H>"),
+    "a negative chunk size": ([CHUNKED], chunk(b"<H>", b"-1") + LAST),
+    "a chunk size with a prefix": ([CHUNKED], chunk(b"", b"0x0") + b"<H>"),
+    "a chunk size that is no number": ([CHUNKED], chunk(b"<H>", b"zz") + LAST),
+    "a chunk size with a blank before it": ([CHUNKED], chunk(b"<H>", b" <X>") + LAST),
+    "a chunk size with an underscore": ([CHUNKED], chunk(b"<H>", b"0_0") + LAST),
+    "a chunk longer than its size": ([CHUNKED], chunk(b"ab<H>", b"2") + LAST),
+    "a chunk without its line end": ([CHUNKED], chunk(b"ab", end=b"") + LAST + b"<H>"),
+    "chunks parted by line feeds": ([CHUNKED], b"2\nab\n0\n\n<H>"),
+    "an ill chunk extension": ([CHUNKED], chunk(b"ab", behind=b";\x00=\n") + LAST + b"<H>"),
+    "a chunk extension with a bare line feed": ([CHUNKED], chunk(b"ab", behind=b";a\n0\n\n<H>") + LAST),
+}
+ONE: dict[str, tuple[list[str], bytes]] = {
+    "hidden in a body": (["Content-Length: <N>"], b"<H>"),
+    "hidden in a chunk": ([CHUNKED], chunk(b"<H>", b"<X>") + LAST),
+    "hidden in a chunk's extension": ([CHUNKED], chunk(b"ab", behind=b';a="POST /api/v1/jobs HTTP/1.1"') + LAST),
+    "hidden in a trailer": ([CHUNKED], b"0\r\nX-Trailer: a\r\n<H>"),
+    "a length by an underscore": (["Content-Length: <N>", "Content_Length: 0"], b"<H>"),
+    "an encoding by an underscore": (["Content-Length: <N>", "Transfer_Encoding: chunked"], b"<H>"),
+    "an encoding nobody knows yet": (["Content-Length: <N>", "X-Transfer-Encoding: chunked"], b"<H>"),
+    "a length folded into the line before": (["X-Folded: a", " Content-Length: 0", "Content-Length: <N>"], b"<H>"),
+    "chunked folded into the next line": (["Transfer-Encoding:", " chunked"], chunk(b"<H>", b"<X>") + LAST),
+    "chunked in capitals": (["Transfer-Encoding: CHUNKED"], chunk(b"<H>", b"<X>") + LAST),
+    "a length with zeros before it": (["Content-Length: 000<N>"], b"<H>"),
+    "a chunk size with zeros before it": ([CHUNKED], chunk(b"<H>", b"000<X>") + LAST),
+}
+
+
+def smuggler(corner: Corner, lines: list[str], body: bytes, version: str = "1.1") -> bytes:
+    """A request with these header lines and another one hidden behind or in it: to create a job in this corner."""
+    hidden = raw_post(CREATE, encoded(corner.job(owner_ref="hidden")))
+    head = "\r\n".join((f"POST {CREATE} HTTP/{version}", "Host: x", "Content-Type: application/json", *lines, "", ""))
+    return head.replace("<N>", str(len(hidden))).encode("latin-1") + body.replace(b"<X>", b"%x" % len(hidden)).replace(b"<H>", hidden)
+
+
+def hidden_jobs(corner: Corner) -> int:
+    """How many jobs the hidden requests have made."""
+    return len(corner.api.get(CREATE, owner_service=corner.owner_service).json["jobs"])
+
+
+@pytest.mark.parametrize("shape", REFUSED)
+def test_a_request_of_doubtful_length_is_refused_and_nothing_behind_it_heard(siege: Corner, shape: str) -> None:
+    with connected(siege.api, smuggler(siege, *REFUSED[shape])) as connection:
+        [answer] = answers_in(read_to_the_end(connection))
+    assert answer.status in (400, 501)
+    assert answer.code == "malformed_request"
+    assert hidden_jobs(siege) == 0
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.2", "0.9", "2.0"])
+@pytest.mark.parametrize("kept", [[], ["Connection: keep-alive"]])
+def test_chunks_in_another_version_than_1_1_are_refused(siege: Corner, version: str, kept: list[str]) -> None:
+    for shape in (REFUSED["a length and chunks"], ONE["hidden in a chunk"], ([CHUNKED], b"H")):
+        with connected(siege.api, smuggler(siege, [*kept, *shape[0]], shape[1], version)) as connection:
+            [answer] = answers_in(read_to_the_end(connection))
+        assert answer.status in (400, 501)
+    assert hidden_jobs(siege) == 0
+
+
+@pytest.mark.parametrize("shape", ONE)
+def test_a_request_in_another_ones_body_is_never_answered(siege: Corner, shape: str) -> None:
+    with connected(siege.api, smuggler(siege, *ONE[shape])) as connection:
+        first = connection.recv(1 << 16)
+        with contextlib.suppress(OSError):
+            connection.sendall(HEALTH)
+        answers = answers_in(first + read_to_the_end(connection))
+    assert 400 <= answers[0].status < 500
+    assert [answer.status for answer in answers[1:]] in ([200], [400])
+    assert hidden_jobs(siege) == 0
+
+
+def test_the_hidden_request_would_make_a_job_were_it_heard(siege: Corner) -> None:
+    """Or the tests above could not fail."""
+    with connected(siege.api, smuggler(siege, ["Content-Length: 2"], b"{}<H>")) as connection:
+        assert [answer.status for answer in answers_in(read_to_the_end(connection))] == [422, 201]
+    assert hidden_jobs(siege) == 1
+
+
+# ---------------------------------------------------------------- endless heads and bodies
+
+
+HEAD = f"POST {CREATE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+ENDLESS = {
+    "a request line": (b"GET /", b"a" * 1000, 431),
+    "a header line": (HEAD + b"X-Endless: ", b"a" * 1000, 431),
+    "header lines": (HEAD, b"X-Header: 1\r\n" * 100, 431),
+    "the same header line": (HEAD, b"a:b\r\n" * 1000, 431),
+    "folded lines": (HEAD + b"X-Folded: 1\r\n", b" 2\r\n" * 1000, 431),
+    "a chunk's size": (CHUNKS, b"0" * 1000, 400),
+    "a chunk's extension": (CHUNKS + b"2;a=", b"a" * 1000, 400),
+    "a trailer": (CHUNKS + b"0\r\nX-Trailer: ", b"a" * 1000, 400),
+    "trailers": (CHUNKS + b"0\r\n", b"X-Trailer: 1\r\n" * 100, 400),
+    "chunks of one byte": (CHUNKS, b"1\r\n \r\n" * 20_000, 400),
+    "chunks": (CHUNKS, b"10000\r\n" + b" " * 65_536 + b"\r\n", 413),
+}
+
+
+def sent_until_refused(api: Api, head: bytes, more: bytes) -> tuple[int, bytes]:
+    """How many bytes a client gets rid of that sends on and on, and what it was answered; nothing where the closing overtook that."""
+    with connected(api, head) as connection:
+        sent = 0
+        try:
+            while sent < 64 * MEGABYTE:
+                sent += connection.send(more)
+                if select_readable(connection):
+                    break
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return sent, read_to_the_end(connection)
+
+
+def select_readable(connection: socket.socket) -> bool:
+    """Whether something has come."""
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+    finally:
+        connection.settimeout(30)
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_has_no_end_is_refused_and_holds_up_nobody(besieged: Service, name: str) -> None:
+    head, more, status = ENDLESS[name]
+    before = memory_of(besieged)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(sent_until_refused, besieged.api, head, more)
+        assert health_seconds(besieged.api) < QUICK_SECONDS
+        sent, received = sending.result(timeout=60)
+    # What the kernel takes at once comes to some megabytes.
+    assert sent < 32 * MEGABYTE
+    assert memory_of(besieged) - before < 40 * MEGABYTE
+    assert not received or answers_in(received)[0].status == status
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_endless_request_that_pauses_at_its_limit_gets_its_refusal(besieged: Service, name: str) -> None:
+    head, more, status = ENDLESS[name]
+    enough = 9 * MEGABYTE if status == 413 else 600_000 if name == "chunks of one byte" else 200_000
+    with connected(besieged.api, head) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall((more * (enough // len(more) + 1))[:enough])
+        answer = answers_in(read_to_the_end(connection))
+        assert [each.status for each in answer] in ([status], [])
+
+
+def test_a_job_in_chunks_of_a_byte_is_taken(siege: Corner) -> None:
+    """As a client writes it that hands on its JSON token by token."""
+    body = b"".join(chunk(b"%c" % byte) for byte in encoded(siege.job(input="x" * 20_000)))
+    with connected(siege.api, CHUNKS, body, LAST) as connection:
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 201 ")
+
+
+def test_ten_thousand_headers_are_refused(siege: Corner) -> None:
+    with connected(siege.api, HEAD, b"".join(b"X-%d: 1\r\n" % number for number in range(10_000)), b"\r\n") as connection:
+        received = read_to_the_end(connection)
+    assert not received or answers_in(received)[0].status == 431
+
+
+def test_a_thousand_headers_are_fine(siege: Corner) -> None:
+    answer = siege.api.request("GET", "/healthz", headers={f"X-{number}": "1" for number in range(1000)})
+    assert answer.status == 200
