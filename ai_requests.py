@@ -142,7 +142,7 @@ class SchemaOutdated(Refusal):
 
 
 class ServiceFull(Refusal):
-    """Too many claims are under way, or too many large bodies."""
+    """Too many claims or other requests are under way, or too many large bodies."""
 
     retry_after = 1
 

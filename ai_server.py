@@ -10,14 +10,16 @@ import math
 import os
 import random
 import re
+import resource
 import select
 import selectors
+import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from socket import AF_INET, AF_INET6, create_server, socket
+from socket import AF_INET, AF_INET6, SO_LINGER, SOL_SOCKET, create_server, socket
 from typing import Any
 
 import msgspec
@@ -30,8 +32,10 @@ import waitress.wasyncore
 
 log = logging.getLogger("ai_service.server")
 
-# Idle connections beyond this are not accepted until others close.
+# Beyond this, or as many as the system lets this process have, those that were silent longest are let go for new ones.
 MAX_CONNECTIONS = 10_000
+# Descriptors for everything but the connections of clients.
+SPARE_FILES = 300
 MAX_HEAD_BYTES = 1 << 16
 # waitress cuts the rest of what came anew for each chunk: 128 KB of chunks of a byte took 0.25 s of the loop, in pieces of this 0.1 s.
 CHUNKS_AT_ONCE_BYTES = 1 << 14
@@ -39,6 +43,11 @@ CHUNKS_AT_ONCE_BYTES = 1 << 14
 MAX_FRAMING_BYTES = 1 << 18
 # The longest of these lines, and all trailers.
 MAX_CHUNK_LINE_BYTES = 1 << 13
+# What an honest line carries at least. 32 MB take it half an hour.
+PACE_BYTES_PER_SECOND = 1 << 14
+# How long a request may wait for a thread: less than the threads wait for PostgreSQL, or those behind them would do so after them.
+QUEUE_SECONDS = 4.0
+LOOK_SECONDS = 1.0
 # Bodies and answers over this size are counted until they were handled, and sent.
 LARGE_BYTES = 1 << 18
 # Larger bodies are not copied for their head.
@@ -60,7 +69,18 @@ def listen(host: str, port: int) -> socket:
     return create_server((host, port), family=AF_INET6 if ":" in host else AF_INET, backlog=BACKLOG)
 
 
+def connection_limit() -> int:
+    """How many connections this process may have; it first asks the system for as many files as it may."""
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(SPARE_FILES, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+
+
 NO_ROOM = "too many large bodies and answers are in hand"
+NO_THREAD = "too many requests are in hand"
 
 
 class Unavailable(waitress.utilities.Error):  # type: ignore[misc]
@@ -229,9 +249,13 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     parser_class = Parser
     head = b""
     held = 0
+    # Bytes that came and went; requests that came whole, and answers that were written.
+    moved = ended = 0
+    queued_at = 0.0
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         self.loop = server.loop
+        self._seen = (0, 0, time.monotonic())
         super().__init__(server, *arguments, **named)
         self.server = _Waker(server, self)
 
@@ -248,9 +272,39 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         if isinstance(self.server, _Waker):
             self.server = self.server.server
 
+    def received(self, data: bytes) -> bool:
+        """Takes in what came."""
+        self.moved += len(data)
+        taken: bool = super().received(data)
+        self.ended += self.request is None
+        return taken
+
+    def send(self, data: bytes, do_close: bool = True) -> int:  # noqa: FBT001, FBT002  waitress' own name
+        """Hands over to the system, and returns how much it took."""
+        sent: int = super().send(data, do_close=do_close)
+        self.moved += sent
+        return sent
+
+    def is_stalled(self, now: float) -> bool:
+        """Whether a request has been on its way in, or an answer out, for long and at less than the pace. Asked now and then."""
+        ended, moved, since = self._seen
+        under_way = self.total_outbufs_len or (self.request is not None and self.readable())
+        if not under_way or self.ended != ended or self.moved - moved >= self.adj.stall_seconds * PACE_BYTES_PER_SECOND:
+            self._seen = (self.ended, self.moved, since := now)
+        return bool(now - since > self.adj.stall_seconds)
+
+    def let_go(self) -> None:
+        """Closes the connection at once, with all that the system still holds for it. Called by the loop."""
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+        self.handle_close()
+
     def service(self) -> None:
-        """Answers a request; those behind it are forgotten when the client has gone."""
+        """Answers a request, with a refusal where it waited long; those behind it are forgotten when the client has gone."""
+        if time.monotonic() - self.queued_at > QUEUE_SECONDS and not self.requests[0].error:
+            self.requests[0].error = Unavailable(NO_THREAD)
         super().service()
+        self.ended += 1
         if not self.connected:
             with self.requests_lock:
                 for request in self.requests:
@@ -305,6 +359,12 @@ class _Waker:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.server, name)
 
+    def add_task(self, channel: Channel) -> None:
+        """Queues the next request of a channel. What is refused, and what `apart` names, waits for no other."""
+        request, channel.queued_at = channel.requests[0], time.monotonic()
+        is_apart = request.error or request.path in self.server.apart_paths
+        (self.server.apart if is_apart else self.server.task_dispatcher).add_task(channel)
+
     def pull_trigger(self) -> None:
         """Called by the thread that answers."""
         if self._channel.writable() or not self._channel.loop.reads(self._channel):
@@ -319,15 +379,13 @@ class Loop:
         self._server, self._selector = server, selectors.DefaultSelector()
         self._watched: dict[int, int] = {}
         self.changed: deque[Any] = deque([server.trigger])
+        self._look_at = 0.0
         # A signal handler writes to it: it must not wait for the loop it interrupts.
         os.set_blocking(server.trigger.trigger, False)
 
     def turn(self, seconds: float) -> None:
         """Serves what is ready, after so many seconds at most."""
-        cleanup = self._server.next_channel_cleanup
         self._watch(self._server)
-        if self._server.next_channel_cleanup != cleanup:
-            self._let_stalled_readers_go()
         while self.changed:
             self._watch(self.changed.popleft())
         for key, ready in self._selector.select(seconds):
@@ -335,6 +393,10 @@ class Loop:
             if each is not None:
                 waitress.wasyncore.readwrite(each, POLLED[ready])
                 self._watch(each)
+        # After what came was read: that nobody looked for a while is not the clients' fault.
+        if (now := time.monotonic()) >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self._look(now)
 
     def wake(self) -> None:
         """Ends a turn that waits. Called by other threads and by signals."""
@@ -350,12 +412,27 @@ class Loop:
         if self._watched.pop(fd, 0):
             self._selector.unregister(fd)
 
-    def _let_stalled_readers_go(self) -> None:
-        """waitress has just marked the connections that were silent for long and have no request; these have one."""
-        cutoff = time.time() - self._server.adj.channel_timeout
-        for channel in list(self._server.active_channels.values()):
-            channel.will_close |= bool(channel.total_outbufs_len and channel.last_activity < cutoff)
-            self.changed.append(channel)
+    def _look(self, now: float) -> None:
+        """Lets go who moves too little, and at the limit the half that was silent longest; refuses what waited long for a thread."""
+        channels = list(self._server.active_channels.values())
+        leaving = [channel for channel in channels if channel.is_stalled(now)]
+        if self._server.in_connection_overflow:
+            silent = sorted((channel for channel in channels if not channel.requests), key=lambda channel: channel.last_activity)
+            leaving += silent[: len(channels) // 2]
+        for channel in set(leaving):
+            channel.let_go()
+        # waitress marks those that were silent for two minutes.
+        self.changed.extend(channel for channel in channels if channel.will_close)
+        for channel in self._taken_back(now - QUEUE_SECONDS):
+            self._server.apart.add_task(channel)
+
+    def _taken_back(self, queued_before: float) -> list[Channel]:
+        """Channels that no thread has come to, out of the queue."""
+        dispatcher, late = self._server.task_dispatcher, []
+        with dispatcher.lock:
+            while dispatcher.queue and dispatcher.queue[0].queued_at < queued_before:
+                late.append(dispatcher.queue.popleft())
+        return late
 
     def _watch(self, each: Any) -> None:
         fd = each._fileno  # noqa: SLF001
@@ -420,7 +497,8 @@ class Server:
     """Serves a WSGI application on a listening socket until it is told to end.
 
     `problem` makes the body for an HTTP status that waitress answers itself. `max_body_bytes` holds for chunked bodies too,
-    `max_bodies_bytes` for all large ones in hand together, answers too.
+    `max_bodies_bytes` for all large ones in hand together, answers too. Who moves less than 16 KB a second of a request or an answer for
+    `stall_seconds` is let go. Requests for the paths in `apart` have threads of their own: they must not wait for anything.
     `drain` is called once, when the end begins; the listener closes `drain_seconds` later. With `one_core` its threads, and those started
     later, stay together on a core.
     """
@@ -433,6 +511,8 @@ class Server:
         threads: int,
         max_body_bytes: int,
         max_bodies_bytes: int,
+        stall_seconds: float,
+        apart: Collection[str],
         problem: Callable[[int, str], dict[str, object]],
         drain: Callable[[], None],
         drain_seconds: float,
@@ -447,7 +527,7 @@ class Server:
             app,
             sockets=[listener],
             threads=threads,
-            connection_limit=MAX_CONNECTIONS,
+            connection_limit=connection_limit(),
             max_request_header_size=MAX_HEAD_BYTES,
             channel_request_lookahead=1,
             # By default 8 KB: a batch of 100 jobs came in 14 turns of the loop.
@@ -462,6 +542,9 @@ class Server:
         self._waitress.loop = self._loop = Loop(self._waitress)
         self._waitress.adj.body_limit_bytes = max_body_bytes
         self._waitress.adj.room = Room(max(max_bodies_bytes, max_body_bytes))
+        self._waitress.adj.stall_seconds = stall_seconds
+        self._waitress.apart, self._waitress.apart_paths = waitress.task.ThreadedTaskDispatcher(), apart
+        self._waitress.apart.set_thread_count(2)
         self._waitress.problem = problem
         self._waitress.draining = False
 
@@ -487,6 +570,7 @@ class Server:
         while self._is_busy() and time.monotonic() < deadline:
             self._loop.turn(0.1)
         self._waitress.task_dispatcher.shutdown()
+        self._waitress.apart.shutdown()
 
     def _heed(self) -> None:
         if self._times_told > 1:

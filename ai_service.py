@@ -158,6 +158,12 @@ class Settings:
         default=str(128 << 20),
         read=whole(1024, 1 << 36),
     )
+    stall_seconds: float = setting(
+        "STALL_SECONDS",
+        "who moves less than 16 KB a second of a request or an answer for so long is let go",
+        default="30",
+        read=duration(1, 3600),
+    )
     drain_seconds: float = setting("DRAIN_SECONDS", "from SIGTERM to the close of the listener", default="5", read=duration(0))
     retention: timedelta | None = setting("RETENTION", "how long finished jobs are kept, or `forever`", default="30d", read=_read_retention)
     log_level: str = setting("LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR", default="INFO", read=_read_log_level)
@@ -1405,8 +1411,14 @@ class ProvidersStatus(Resource):
         send(response, f'{{"providers":{self.service.board.checked()},"workers":{self.service.workers()}}}')
 
 
+HEALTH = "/healthz"
+
+
 class Health(Resource):
-    """GET tells that the process lives; it asks nobody. HEAD and OPTIONS, with which balancers like to ask, tell the same."""
+    """GET tells that the process lives; it asks nobody and waits for no other request.
+
+    HEAD and OPTIONS, with which balancers like to ask, tell the same.
+    """
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         send(response, f'{{"status":"ok","version":"{__version__}"}}')
@@ -1541,7 +1553,7 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route("/api/v1/stats", Stats(service))
     app.add_route("/api/v1/workers", Workers(service))
     app.add_route("/api/v1/providers/status", ProvidersStatus(service))
-    app.add_route("/healthz", Health(service))
+    app.add_route(HEALTH, Health(service))
     app.add_route("/readyz", Readiness(service))
     return app
 
@@ -1580,6 +1592,8 @@ def serve(settings: Settings) -> int:
         threads=settings.http_threads,
         max_body_bytes=settings.max_body_bytes,
         max_bodies_bytes=settings.max_bodies_bytes,
+        stall_seconds=settings.stall_seconds,
+        apart=(HEALTH,),
         problem=refused_by_server,
         drain=service.drain,
         drain_seconds=settings.drain_seconds,

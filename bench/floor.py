@@ -53,6 +53,8 @@ def main() -> None:
         threads=256,
         max_body_bytes=32 << 20,
         max_bodies_bytes=128 << 20,
+        stall_seconds=30,
+        apart=(),
         problem=ai_service.refused_by_server,
         drain=lambda: None,
         drain_seconds=0,

@@ -131,13 +131,17 @@ class Service:
         defaults = {"HTTP_HOST": "127.0.0.1", "HTTP_PORT": "0", "DRAIN_SECONDS": "0"}
         self.environment = {**machine, **defaults, "DATABASE_URL": database_url, "DATABASE_SCHEMA": schema, **settings}
         self.schema = schema
+        # Words of a command that starts what follows it.
+        self.before: tuple[str, ...] = ()
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
 
     def start(self) -> Service:
         """Start, and return once it listens; AssertionError with its log when it does not within 30 s."""
-        self.process = subprocess.Popen(self.command, env=self.environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            [*self.before, *self.command], env=self.environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         with self._changed:

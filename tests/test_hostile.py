@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from postgres import fresh_schema
-from service import Answer, Api, Corner, Service, encoded, raw_post, running_service
+from postgres import connect, fresh_schema
+from service import Answer, Api, Corner, Service, encoded, raw_post, running_service, wait_until
 
 CREATE, CLAIM = "/api/v1/jobs", "/api/v1/jobs/claim"
 MEGABYTE = 1 << 20
@@ -285,3 +287,249 @@ def test_ten_thousand_headers_are_refused(siege: Corner) -> None:
 def test_a_thousand_headers_are_fine(siege: Corner) -> None:
     answer = siege.api.request("GET", "/healthz", headers={f"X-{number}": "1" for number in range(1000)})
     assert answer.status == 200
+
+
+# ---------------------------------------------------------------- who sends or reads too slowly
+
+
+def large_job(corner: Corner) -> bytes:
+    """The body of a create that leaves no room for another one."""
+    return encoded(corner.job(input="x" * (7 * MEGABYTE)))
+
+
+def half_of(request: bytes) -> bytes:
+    """Its first half."""
+    return request[: len(request) // 2]
+
+
+def closed_within(connection: socket.socket, seconds: float, drip: bytes = b"") -> float:
+    """Seconds until the other side closes, a byte of `drip` sent ten times a second meanwhile; AssertionError after so many."""
+    begun = time.monotonic()
+    connection.settimeout(0.1)
+    while time.monotonic() - begun < seconds:
+        try:
+            connection.sendall(drip)
+            if not connection.recv(1 << 16):
+                return time.monotonic() - begun
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return time.monotonic() - begun
+    raise AssertionError(f"still open after {seconds} s")
+
+
+SLOW = {"a head": HEAD + b"X-Slow: ", "a small body": half_of(raw_post(CREATE, b" " * 1000)), "a chunked body": CHUNKS + b"ffff\r\n"}
+
+
+def test_a_request_that_does_not_come_whole_is_given_up(besieged: Service) -> None:
+    def seconds(begun: bytes, drip: bytes) -> float:
+        with connected(besieged.api, begun) as connection:
+            return closed_within(connection, 10 * STALL_SECONDS, drip)
+
+    with ThreadPoolExecutor(2 * len(SLOW)) as pool:
+        given = list(pool.map(seconds, [*SLOW.values()] * 2, [b""] * len(SLOW) + [b"a"] * len(SLOW)))
+    assert min(given) > STALL_SECONDS / 2
+
+
+def test_half_a_body_does_not_hold_its_room_by_a_byte_now_and_then(siege: Corner) -> None:
+    body = large_job(siege)
+    with connected(siege.api, half_of(raw_post(CREATE, body))) as connection:
+        wait_until(lambda: siege.api.post(CREATE, body=body).status == 503, what="the room to be taken")
+        closed_within(connection, 10 * STALL_SECONDS, b"a")
+        assert siege.api.post(CREATE, body=body).status == 201
+
+
+def test_half_a_body_makes_no_job_and_leaves_no_room_taken(siege: Corner) -> None:
+    body = large_job(siege)
+    for _ in range(5):
+        with connected(siege.api, half_of(raw_post(CREATE, body))):
+            pass
+    wait_until(lambda: siege.api.post(CREATE, body=body).status == 201, what="a create")
+    assert hidden_jobs(siege) == 1
+
+
+def test_a_slow_upload_at_an_honest_pace_arrives(siege: Corner) -> None:
+    request = raw_post(CREATE, encoded(siege.job(input="x" * 70_000)))
+    pause = threading.Event()
+    with connected(siege.api) as connection:
+        # 40 KB a second for almost two: longer than a silent one is given.
+        for start in range(0, len(request), 4000):
+            connection.sendall(request[start : start + 4000])
+            pause.wait(0.1)
+        assert answers_in(read_to_the_end(connection))[0].status == 201
+
+
+def test_a_connection_that_asks_again_and_again_at_leisure_is_kept(siege: Corner) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    pause = threading.Event()
+    with connected(siege.api) as connection:
+        # Most of the time one of them is half here.
+        for _ in range(7):
+            connection.sendall(request[:20])
+            pause.wait(STALL_SECONDS / 4)
+            connection.sendall(request[20:])
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_parked_claim_is_no_stalled_request(siege: Corner) -> None:
+    begun = time.monotonic()
+    assert siege.claim(wait_seconds=1.7 * STALL_SECONDS) == []
+    assert time.monotonic() - begun > 1.5 * STALL_SECONDS
+
+
+def test_who_hardly_reads_an_answer_is_let_go_with_its_room(besieged: Service, siege: Corner) -> None:
+    job = siege.take()
+    siege.done(job, "complete", result="y" * (7 * MEGABYTE))
+    files = open_files(besieged)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", besieged.api.port))
+        connection.sendall(f"GET {CREATE}/{job['id']} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert connection.recv(1) == b"H"
+        body = large_job(siege)
+        wait_until(lambda: siege.api.post(CREATE, body=body).status == 503, what="the room to be taken")
+
+        def is_let_go() -> bool:
+            connection.recv(1000)
+            return siege.api.post(CREATE, body=body).status == 201
+
+        wait_until(is_let_go, 10 * STALL_SECONDS, "room again")
+        wait_until(lambda: open_files(besieged) <= files, what="its descriptor to be closed")
+
+
+# ---------------------------------------------------------------- too many
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """This process may have 5,000 files open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(5000, hard) if hard != resource.RLIM_INFINITY else 5000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_two_thousand_idle_connections_leave_health_quick_and_memory_small(besieged: Service, siege: Corner, many_files: None) -> None:
+    before = memory_of(besieged)
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connected(besieged.api)) for _ in range(2000)]
+        wait_until(lambda: open_files(besieged) > 2000, what="all to be accepted")
+        assert min(health_seconds(besieged.api) for _ in range(3)) < 0.1
+        assert siege.take()["attempt"] == 1
+        assert memory_of(besieged) - before < 40 * MEGABYTE
+        # None of them was let go for it, and each is served.
+        for connection in idle[::100]:
+            connection.sendall(HEALTH)
+            assert read_to_the_end(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_at_the_limit_of_connections_a_new_one_is_served(postgres_url: str) -> None:
+    """700 files, 400 connections: those that were silent longest make place."""
+    with ExitStack() as stack:
+        service = Service(postgres_url, stack.enter_context(fresh_schema(postgres_url)))
+        service.before = ("sh", "-c", 'ulimit -n 700 && exec "$@"', "sh")
+        stack.callback(service.stop)
+        service.start()
+        for _ in range(500):
+            stack.enter_context(connected(service.api, HEAD[:10]))
+        # Two minutes, were they left alone.
+        assert health_seconds(service.api) < 20
+        assert "Too many open files" not in service.log
+
+
+def test_claims_beyond_the_places_are_refused_or_answered_and_health_is_quick(siege: Corner) -> None:
+    with ThreadPoolExecutor(60) as pool:
+        claims = [pool.submit(siege.api.post, CLAIM, siege.claiming(wait_seconds=1)) for _ in range(60)]
+        seconds = [health_seconds(siege.api) for _ in range(10)]
+        answers = [claim.result() for claim in claims]
+    assert max(seconds) < QUICK_SECONDS
+    assert all(answer.status == 200 or (answer.code, answer.headers["Retry-After"]) == ("service_full", "1") for answer in answers)
+
+
+def test_bodies_beyond_the_room_are_refused_and_health_is_quick(besieged: Service, siege: Corner) -> None:
+    body, before = large_job(siege), memory_of(besieged)
+    with ThreadPoolExecutor(20) as pool:
+        creates = [pool.submit(siege.api.post, CREATE, None, body) for _ in range(20)]
+        seconds, memory = [], []
+        while not all(create.done() for create in creates):
+            seconds.append(health_seconds(siege.api))
+            memory.append(memory_of(besieged) - before)
+        answers = [create.result() for create in creates]
+    assert max(seconds) < QUICK_SECONDS
+    assert max(memory) < 12 * len(body)
+    assert {answer.status for answer in answers} == {201, 503}
+    assert {(answer.code, answer.headers["Retry-After"]) for answer in answers if answer.status == 503} == {("service_full", "1")}
+
+
+@contextmanager
+def locked(url: str, service: Service, table: str) -> Iterator[None]:
+    """A stranger's lock on a table, in a transaction of its own."""
+    connection = connect(url, service.schema)
+    try:
+        connection.run("begin")
+        connection.run(f"lock table {table} in access exclusive mode")
+        yield
+        connection.run("rollback")
+    finally:
+        connection.close()
+
+
+def test_with_all_threads_behind_a_strangers_lock_health_is_quick_and_the_others_get_503(
+    besieged: Service, siege: Corner, postgres_url: str
+) -> None:
+    job = siege.create()
+    answers: list[Answer] = []
+    with ThreadPoolExecutor(150) as pool, locked(postgres_url, besieged, "job"):
+        for _ in range(150):
+            pool.submit(lambda: answers.append(siege.api.get(f"{CREATE}/{job['id']}")))
+        seconds = [health_seconds(siege.api)]
+        # 48 threads, each 5 s behind the lock or for a connection: one after the other 120 would have taken 15 s.
+        deadline = time.monotonic() + 12
+        while len(answers) < 120:
+            seconds.append(health_seconds(siege.api))
+            assert time.monotonic() < deadline, f"{len(answers)} answers"
+        refused = list(answers)
+    assert max(seconds) < QUICK_SECONDS
+    assert {(answer.status, answer.code) for answer in refused} == {(503, "database_busy"), (503, "service_full")}
+    assert all(answer.headers["Retry-After"] for answer in refused)
+    assert siege.look(job)["status"] == "pending"
+
+
+# ---------------------------------------------------------------- clients that vanish
+
+
+def close(connection: socket.socket) -> None:
+    """In good order."""
+    connection.close()
+
+
+def reset(connection: socket.socket) -> None:
+    """As a process that was killed with data unread, or a firewall: RST."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def half_close(connection: socket.socket) -> None:
+    """Says that nothing more will be sent. On the wire that is the same as closing, so it counts as that."""
+    connection.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("vanish", [close, reset, half_close], ids=["closed", "reset", "half-closed"])
+def test_the_claims_of_200_clients_that_vanished_take_no_job(corner: Corner, vanish: Callable[[socket.socket], None]) -> None:
+    with ExitStack() as stack:
+        waiting = []
+        for number in range(200):
+            claim = corner.claiming(worker_id=f"{corner.worker_id}-{number}", wait_seconds=60, limit=10)
+            waiting.append(stack.enter_context(connected(corner.api, raw_post(CLAIM, encoded(claim)))))
+        wait_until(lambda: seen_workers(corner) == 200, what="all claims to be waiting")
+        for connection in waiting:
+            vanish(connection)
+        created = {job["id"] for job in corner.batch([{} for _ in range(50)])}
+        alive = [job for _ in range(5) for job in corner.claim(limit=10)]
+    assert {job["id"] for job in alive} == created
+    assert {job["worker_id"] for job in (corner.look(job) for job in alive)} == {corner.worker_id}
+
+
+def seen_workers(corner: Corner) -> int:
+    """How many workers of this corner have asked for jobs."""
+    return sum(worker["worker_id"].startswith(corner.worker_id) for worker in corner.api.get("/api/v1/workers").json["workers"])
