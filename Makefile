@@ -5,6 +5,7 @@
 #   make test     the tests
 #   make check    lint, types and tests: what CI runs
 #   make lock     pins the packages of the image anew, by version and hash
+#   make fuzz     many random settings, model answers and requests: FUZZ_EXAMPLES=2000 of each kind, twelve times as many requests
 #   make chaos    20,000 jobs while service processes are killed again and again
 #   make rolling  60 restarts behind HAProxy under load; no client may notice (needs haproxy)
 #   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
@@ -18,7 +19,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check lock chaos rolling bench bench-full clean
+.PHONY: help demo run test lint format types check fuzz lock chaos rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,6 +53,9 @@ lock: $(VENV)/.ready
 	$(LOCK) pyproject.toml --output-file requirements.lock
 	$(VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 	  | $(LOCK) - --output-file requirements-build.lock
+
+fuzz: $(VENV)/.ready
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-2000} $(VENV)/bin/python -m pytest -s $(TESTS) tests/test_fuzz.py
 
 chaos: $(VENV)/.ready
 	CHAOS_JOBS=20000 $(VENV)/bin/python -m pytest -s tests/test_chaos.py

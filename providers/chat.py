@@ -204,7 +204,7 @@ def look(server: Server, path: str, kind: type[T], *, limit_seconds: float, fine
         text = b"".join(exchange.blocks(response))
     try:
         return msgspec.json.decode(text, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise NotNow(UNAVAILABLE, f"GET {path} was answered with something else than was expected") from None
 
 
@@ -280,7 +280,7 @@ def _kind_and_code(body: bytes) -> tuple[str | None, int | None]:
     """`type` of the `error` in a JSON body, and its `code` where that is a status."""
     try:
         error = msgspec.json.decode(body, type=_Chunk).error
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None, None
     facts = error if isinstance(error, dict) else {}
     kind, code = facts.get("type"), facts.get("code")
@@ -366,7 +366,7 @@ class _Chunk(msgspec.Struct):
 def _chunk(event: bytes, server: Server, answer: "Answer") -> _Chunk:
     try:
         chunk = msgspec.json.decode(event, type=_Chunk)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise NotNow(UNAVAILABLE, "the answer broke off, or is no chat completion") from None
     if chunk.error is not None:
         # Both servers report their failure in a stream of status 200, and end it with [DONE] as if nothing were wrong.
@@ -379,6 +379,8 @@ def _chunk(event: bytes, server: Server, answer: "Answer") -> _Chunk:
 
 COUNTS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
 """The token counts of usage: our name, and the other one servers use."""
+MAX_COUNT = 10**15
+"""The service takes no larger one, and refuses a result with it."""
 
 
 @attrs.define
@@ -450,7 +452,7 @@ class Answer:
 
     def _count(self, *names: str) -> int | None:
         counts = (self.counted.get(name) for name in names)
-        return next((count for count in counts if type(count) is int and count >= 0), None)
+        return next((count for count in counts if type(count) is int and 0 <= count <= MAX_COUNT), None)
 
 
 # ---------------------------------------------------------------- result

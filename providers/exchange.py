@@ -202,7 +202,7 @@ def retry_after(response: urllib3.HTTPResponse) -> float | None:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(text).astimezone(UTC) - datetime.now(UTC)).total_seconds()
-        except ValueError:
+        except (ValueError, OverflowError):  # a date before the first or after the last there is
             return None
     return min(3600.0, max(0.0, seconds)) if math.isfinite(seconds) else None
 

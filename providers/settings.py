@@ -126,7 +126,9 @@ def read_settings(kind: type[T], environ: Mapping[str, str], /, **others: Any) -
         if "setting" in field.metadata:
             values[field.alias or field.name] = _value(field.metadata["setting"], environ, problems)
     if problems:
-        raise SettingsError(problems)
+        # A sentence quotes what it is about, and an address with a password may stand where a duration should.
+        secrets = secrets_in(environ, declared(kind))
+        raise SettingsError([redact(problem, secrets) for problem in problems])
     settings = kind(**values)
     if problems := list(getattr(settings, "problems", list)()):
         raise SettingsError(problems)
@@ -294,7 +296,8 @@ def secrets_in(environ: Mapping[str, str], settings: Iterable[Setting] = ()) -> 
 
 
 def _forms(secret: str) -> Iterator[str]:
-    yield from (secret, quote(secret, safe=""), json.dumps(secret)[1:-1], base64.b64encode(secret.encode(errors="replace")).decode())
+    encoded = secret.encode(errors="replace")
+    yield from (secret, quote(encoded, safe=""), json.dumps(secret)[1:-1], base64.b64encode(encoded).decode())
 
 
 def _user_info_forms(info: str) -> Iterator[str]:

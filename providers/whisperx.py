@@ -54,7 +54,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlencode
 
 import attrs
@@ -79,7 +79,7 @@ from providers import (
     setting,
 )
 from providers.audio import SOURCES, Audio, AudioSettings, audio_of
-from providers.chat import CHECK_SECONDS, COUNTS, MAX_RAW_BYTES, Refusal, by_status
+from providers.chat import CHECK_SECONDS, COUNTS, MAX_COUNT, MAX_RAW_BYTES, Refusal, by_status
 from providers.exchange import MAX_ERROR_BYTES, Exchange, retry_after, said
 from providers.settings import authorization, duration, header_word, profile_name, secrets_in, web_address, whole
 
@@ -677,7 +677,7 @@ def _numbers(item: Mapping[str, Any], *names: str) -> dict[str, float]:
     return {name: item[name] for name in names if _is_number(item.get(name))}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     # WhisperX writes NaN for what it could not align: that is no number, and no reason to throw the rest away.
     return type(value) in (int, float) and -1e15 < value < 1e15
 
@@ -715,19 +715,18 @@ def _seconds(answer: Mapping[str, Any], audio: Audio) -> float | None:
     told = answer.get("duration")
     if isinstance(told, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,20})?", told):
         told = float(told)
-    return told if _is_number(told) else audio.seconds
+    return told if _is_number(told) and told >= 0 else audio.seconds
 
 
 def _usage(answer: Mapping[str, Any], audio: Audio) -> dict[str, Any] | None:
     """What is known of it; None if nothing is."""
     counted = _at(answer, "usage")
     seconds = _seconds(answer, audio)
-    if seconds is None and counted.get("type") == "duration" and _is_number(counted.get("seconds")):
+    if seconds is None and counted.get("type") == "duration" and _is_number(counted.get("seconds")) and counted["seconds"] >= 0:
         seconds = counted["seconds"]
-    tokens = {ours: counted.get(ours, counted.get(theirs)) for ours, theirs in COUNTS.items()}
-    usage: dict[str, Any] = (
-        {"audio_seconds": seconds} | {name: value for name, value in tokens.items() if type(value) is int} | _model(answer)
-    )
+    told = {ours: counted.get(ours, counted.get(theirs)) for ours, theirs in COUNTS.items()}
+    tokens = {name: count for name, count in told.items() if type(count) is int and 0 <= count <= MAX_COUNT}
+    usage: dict[str, Any] = {"audio_seconds": seconds} | tokens | _model(answer)
     usage |= {"raw": counted} if _fits(counted) else {}
     return {name: value for name, value in usage.items() if value is not None} or None
 
