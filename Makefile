@@ -8,6 +8,7 @@
 #   make fuzz     many random settings, model answers and requests: FUZZ_EXAMPLES=2000 of each kind, twelve times as many requests
 #   make chaos    20,000 jobs while service processes are killed again and again
 #   make rolling  60 restarts behind HAProxy under load; no client may notice (needs haproxy)
+#   make model    random sequences of all calls against a model of the contract; MODEL_EXAMPLES, MODEL_STEPS, MODEL_SEED
 #   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
 #   make bench-full   the same with the numbers of jobs that the targets name: an hour
 #
@@ -19,7 +20,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check fuzz lock chaos rolling bench bench-full clean
+.PHONY: help demo run test lint format types check fuzz lock chaos model rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -62,6 +63,9 @@ chaos: $(VENV)/.ready
 
 rolling: $(VENV)/.ready
 	ROLLING_RESTARTS=$${ROLLING_RESTARTS:-60} $(VENV)/bin/python -m pytest -s tests/test_rolling.py
+
+model: $(VENV)/.ready
+	MODEL_EXAMPLES=$${MODEL_EXAMPLES:-400} MODEL_STEPS=$${MODEL_STEPS:-60} $(VENV)/bin/python -m pytest -s tests/test_model.py
 
 # Procrastinate first, beside the workers it is compared with: its rate doubles while anything else keeps the machine awake.
 PEERS = procrastinate,graphile,pgbench,pgqueuer,pgboss,awa
