@@ -9,6 +9,7 @@
 #   make chaos    20,000 jobs while service processes are killed again and again
 #   make rolling  60 restarts behind HAProxy under load; no client may notice (needs haproxy)
 #   make model    random sequences of all calls against a model of the contract; MODEL_EXAMPLES, MODEL_STEPS, MODEL_SEED
+#   make pgbouncer   the contract's tests through PgBouncer in transaction pooling (needs pgbouncer)
 #   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
 #   make bench-full   the same with the numbers of jobs that the targets name: an hour
 #
@@ -20,7 +21,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check fuzz lock chaos model rolling bench bench-full clean
+.PHONY: help demo run test lint format types check fuzz lock chaos pgbouncer model rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +67,12 @@ rolling: $(VENV)/.ready
 
 model: $(VENV)/.ready
 	MODEL_EXAMPLES=$${MODEL_EXAMPLES:-400} MODEL_STEPS=$${MODEL_STEPS:-60} $(VENV)/bin/python -m pytest -s tests/test_model.py
+
+# What the contract says of one job and many; the other tests look at the database or at processes.
+POOLED = states claim finish repeats create listing payloads stats waiting gathering bad_input pgbouncer
+
+pgbouncer: $(VENV)/.ready
+	TEST_POOL_MODE=transaction $(VENV)/bin/python -m pytest $(TESTS) $(POOLED:%=tests/test_%.py)
 
 # Procrastinate first, beside the workers it is compared with: its rate doubles while anything else keeps the machine awake.
 PEERS = procrastinate,graphile,pgbench,pgqueuer,pgboss,awa

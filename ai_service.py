@@ -128,6 +128,12 @@ def _read_log_level(text: str) -> str:
     return text.upper()
 
 
+def _read_pool_mode(text: str) -> str:
+    if text not in ("session", "transaction"):
+        raise ValueError("must be session or transaction")
+    return text
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """What the service reads from its environment. Each field names its variable, what it does, and its default."""
@@ -142,6 +148,9 @@ class Settings:
         "DATABASE_SCHEMA", "schema that holds the service's tables", default="ai_service", read=_read_schema_name
     )
     database_connections: int = setting("DATABASE_CONNECTIONS", "most connections a process opens", default="8", read=whole(2, 100))
+    database_pool_mode: str = setting(
+        "DATABASE_POOL_MODE", "`transaction` behind a PgBouncer with that pool_mode", default="session", read=_read_pool_mode
+    )
     migrate_on_start: bool = setting("MIGRATE_ON_START", "apply `schema.sql` on start", default="true", read=flag)
     http_host: str = setting("HTTP_HOST", "address to listen on", default="0.0.0.0")  # noqa: S104  the contract's default
     http_port: int = setting("HTTP_PORT", "port to listen on; 0 picks a free one", default="8080", read=whole(0, 65535))
@@ -173,6 +182,12 @@ class Settings:
     def read(cls, environ: Mapping[str, str]) -> "Settings":
         """The settings in `environ`, which the providers read theirs from later. Raises SettingsError with all problems at once."""
         return read_settings(cls, environ, environ=environ)
+
+    def problems(self) -> list[str]:
+        """What two settings make impossible together."""
+        if self.database_pool_mode == "transaction" and self.database_url.options:
+            return ["DATABASE_URL: options do not get through a pooler; set them for the role: alter role … set …"]
+        return []
 
 
 # ── Queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1444,7 +1459,9 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.database = Database(settings.database_url, settings.database_schema, settings.database_connections)
+        self.database = Database(
+            settings.database_url, settings.database_schema, settings.database_connections, settings.database_pool_mode
+        )
         self.queue = Queue(self.database)
         self.creating, self.completing = Gathering(self.queue.create_apart), Gathering(self.queue.complete_apart)
         self.failing, self.releasing = Gathering(self.queue.fail_apart), Gathering(self.queue.release_apart)

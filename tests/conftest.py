@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 import pytest
+from pgbouncer import pgbouncer
 from postgres import Database, NoDatabaseError, Sql, connect, find_database, fresh_schema
 from service import Api, Corner, Service, running_service
 
@@ -60,6 +61,15 @@ def postgres_url(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
+def reached(postgres_url: str) -> Iterator[dict[str, str]]:
+    """The settings by which services reach the database: by its URL, or through a PgBouncer where TEST_POOL_MODE=transaction."""
+    mode = os.environ.get("TEST_POOL_MODE", "session")
+    with ExitStack() as stack:
+        url = stack.enter_context(pgbouncer(postgres_url)) if mode == "transaction" else postgres_url
+        yield {"DATABASE_URL": url, "DATABASE_POOL_MODE": mode}
+
+
+@pytest.fixture(scope="session")
 def schema(postgres_url: str) -> Iterator[str]:
     """The schema of the shared service; dropped at the end."""
     with fresh_schema(postgres_url) as name:
@@ -67,9 +77,9 @@ def schema(postgres_url: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def service(postgres_url: str, schema: str) -> Iterator[Service]:
+def service(postgres_url: str, reached: dict[str, str], schema: str) -> Iterator[Service]:
     """A service process that tests share; each uses a corner of its own."""
-    with running_service(postgres_url, schema) as started:
+    with running_service(postgres_url, schema, **reached) as started:
         yield started
 
 
@@ -94,15 +104,15 @@ def sql(service: Service, postgres_url: str) -> Iterator[Sql]:
 
 
 @pytest.fixture
-def another_service(service: Service, postgres_url: str) -> Iterator[Service]:
+def another_service(service: Service, postgres_url: str, reached: dict[str, str]) -> Iterator[Service]:
     """A second service process on the schema of the shared one."""
-    with running_service(postgres_url, service.schema) as started:
+    with running_service(postgres_url, service.schema, **reached) as started:
         yield started
 
 
 @pytest.fixture
-def start_service(postgres_url: str) -> Iterator[Callable[..., Service]]:
+def start_service(postgres_url: str, reached: dict[str, str]) -> Iterator[Callable[..., Service]]:
     """Starts services of this test's own, on one schema of this test's own; settings by name."""
     with ExitStack() as stack:
         schema = stack.enter_context(fresh_schema(postgres_url))
-        yield lambda **settings: stack.enter_context(running_service(postgres_url, schema, **settings))
+        yield lambda **settings: stack.enter_context(running_service(postgres_url, schema, **reached, **settings))

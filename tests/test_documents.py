@@ -128,6 +128,7 @@ WRONG: list[dict[str, Any]] = [
     {"HTTP_PORT": "eighty"}, {"HTTP_PORT": "65536"}, {"MIGRATE_ON_START": "perhaps"}, {"DATABASE_SCHEMA": "Drop Table"},
     {"RETENTION": "soon"}, {"RETENTION": "5s"}, {"DRAIN_SECONDS": "-1"}, {"MAX_BODY_BYTES": "1"}, {"LOG_LEVEL": "LOUD"},
     {"DATABASE_URL": "mysql://user:hidden-word@host/db"}, {"DATABASE_URL": ""}, {"HTTP_THREADS": "3"}, {"DATABASE_CONNECTIONS": "0"},
+    {"DATABASE_POOL_MODE": "statement"},
 ]  # fmt: skip
 
 
