@@ -9,6 +9,7 @@ import logging
 import re
 import select
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ SESSION = {
     "client_min_messages": "warning",
 }
 
-# 08 connection, 25006 read-only, 28 and 3D000 no such login or database, 53 resources, 57P01-57P03 shut down and starting;
+# 08 connection, 25006 read-only, 28 and 3D000 no such login or database, 53 resources, 57P01-57P03 shut down and starting, 58030 its disk;
 # 40001 serialization, 40P01 deadlock, 53300 connections, 55P03 lock, 57014 statement timeout.
-_AWAY = re.compile("08...|25006|57P0[1-3]|53[124]00|28...|3D000")
+_AWAY = re.compile("08...|25006|57P0[1-3]|53[124]00|58030|28...|3D000")
 _BUSY = re.compile("40001|40P01|53300|55P03|57014")
 _REFUSALS = {"AIS01": IdempotencyKeyReused, "AIS02": TooManyCombinations}
+_SILENT_SECONDS = 60.0
 _UNREACHABLE = (DatabaseUnreachable, pg8000.native.InterfaceError, OSError)
 
 
@@ -65,6 +67,7 @@ class Database:
         self.address, self.schema = address, schema
         self._connection = PooledConnection if pool_mode == "transaction" else Connection
         self._free: list[Connection] = []
+        self._told_at: dict[str, float] = {}
         self._places = threading.Semaphore(connections)
 
     def run(self, statement: str, seconds: float = STATEMENT_SECONDS + 5, **values: Any) -> list[list[Any]]:
@@ -129,18 +132,29 @@ class Database:
             else:
                 connection.close()
 
-    @staticmethod
     @contextlib.contextmanager
-    def _translated() -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         try:
             yield
         except pg8000.native.DatabaseError as error:
-            raise refusal_of(error) or error from None
+            refusal = refusal_of(error)
+            if isinstance(refusal, DatabaseUnavailable | DatabaseBusy):
+                self._tell(error.args[0]["C"], error.args[0].get("M", ""))
+            raise refusal or error from None
         except _UNREACHABLE as error:
             state = getattr(error, "sqlstate", None) or ""
             reason = str(error) if isinstance(error, DatabaseUnreachable) else type(error).__name__
             log.debug("database_unreachable sqlstate=%s reason=%s", state, reason)
+            if state:
+                self._tell(state, reason)
             raise (DatabaseBusy if _BUSY.fullmatch(state) else DatabaseUnavailable)(reason=reason) from None
+
+    def _tell(self, state: str, message: str) -> None:
+        """Logs what the server refuses, each kind once a minute: of a full disk nobody else would tell the operator."""
+        now = time.monotonic()
+        if now >= self._told_at.get(state, now):
+            self._told_at[state] = now + _SILENT_SECONDS
+            log.warning("database_refused sqlstate=%s message=%s", state, " ".join(message.split()))
 
 
 class _Unhurried:

@@ -26,7 +26,7 @@ def database(postgres_url: str) -> Iterator[Database]:
 @pytest.mark.parametrize(
     ("states", "refusal"),
     [
-        (("25006", "57P01", "57P02", "57P03", "08000", "08006", "53100", "53200", "28P01", "3D000"), DatabaseUnavailable),
+        (("25006", "57P01", "57P02", "57P03", "08000", "08006", "53100", "53200", "58030", "28P01", "3D000"), DatabaseUnavailable),
         (("40001", "40P01", "53300", "55P03", "57014"), DatabaseBusy),
         (("22P02", "22P05", "22021", "54001"), MalformedJson),
         (("22003", "23514", "23505"), ValidationFailed),
