@@ -10,6 +10,7 @@
 #   make rolling  60 restarts behind HAProxy under load; no client may notice (needs haproxy)
 #   make model    random sequences of all calls against a model of the contract; MODEL_EXAMPLES, MODEL_STEPS, MODEL_SEED
 #   make pgbouncer   the contract's tests through PgBouncer in transaction pooling (needs pgbouncer)
+#   make failover    20 times under load the primary is killed and its standby promoted; how long that took
 #   make trouble     no connections, a full disk, strangers' locks, wrong clocks (needs root for the disk, and faketime)
 #   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
 #   make bench-full   the same with the numbers of jobs that the targets name: an hour
@@ -22,7 +23,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check fuzz lock chaos pgbouncer trouble model rolling bench bench-full clean
+.PHONY: help demo run test lint format types check fuzz lock chaos pgbouncer failover trouble model rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -74,6 +75,9 @@ POOLED = states claim finish repeats create listing payloads stats waiting gathe
 
 pgbouncer: $(VENV)/.ready
 	TEST_POOL_MODE=transaction $(VENV)/bin/python -m pytest $(TESTS) $(POOLED:%=tests/test_%.py)
+
+failover: $(VENV)/.ready
+	FAILOVER_ROUNDS=$${FAILOVER_ROUNDS:-20} $(VENV)/bin/python -m pytest -s tests/test_failover.py
 
 trouble: $(VENV)/.ready
 	TROUBLE_ALL=1 $(VENV)/bin/python -m pytest $(TESTS) tests/test_trouble.py
