@@ -65,6 +65,14 @@ class MalformedRequest(Refusal):
     """The request is not valid HTTP."""
 
 
+class Unauthorized(Refusal):
+    """A token is needed, as `Authorization: Bearer …`, and this is none that is known."""
+
+
+class Forbidden(Refusal):
+    """The token does not allow this."""
+
+
 class NotFound(Refusal):
     """There is no such route."""
 

@@ -96,9 +96,28 @@ def refusal(server: Any, error: Any) -> tuple[str, list[tuple[str, str]], bytes]
     return f"{error.code} {error.reason}", [("Content-Type", "application/problem+json"), *later], body
 
 
+# What a browser is told with every answer that says nothing else of it: do not guess, do not keep, run and frame nothing, tell nobody.
+GUARDS = (
+    b"Cache-Control: no-store\r\n",
+    b"Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r\n",
+    b"Referrer-Policy: no-referrer\r\n",
+    b"X-Content-Type-Options: nosniff\r\n",
+)
+_GUARDED = [(b"\r\n" + guard.partition(b" ")[0], guard) for guard in GUARDS]
+
+
+def guarded(head: bytes) -> bytes:
+    """The head of an answer with what is missing of the guards. Done in bytes: waitress takes 2 µs for each header it is given."""
+    return b"".join([head[:-2], *[guard for name, guard in _GUARDED if name not in head], b"\r\n"])
+
+
 # waitress has no types.
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """What waitress refuses before the application sees it, as a problem body."""
+
+    def build_response_header(self) -> bytes:
+        """The head of the answer, with its guards."""
+        return guarded(super().build_response_header())
 
     def execute(self) -> None:
         """Writes the answer and closes the connection."""
@@ -146,7 +165,7 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
         """Leaves the head of the answer with the channel: it goes out with what is written next."""
         if self.channel.server.draining:
             self.request.headers["CONNECTION"] = "close"
-        self.channel.head = super().build_response_header()
+        self.channel.head = guarded(super().build_response_header())
 
     def write(self, data: bytes) -> None:
         """Sends a part of the body, or the head alone where there is none. A large one that finds no room becomes a refusal."""

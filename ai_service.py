@@ -8,8 +8,8 @@
                  └── retry ◄── failed | cancelled | running          cancel: pending | running ──► cancelled
 
 Sections, in this order: configuration, queue, waiting room, upkeep, providers' status, HTTP resources, the application, the server,
-the command line. Beside it: `ai_requests.py` has the requests and refusals, `ai_database.py` the connections, `schema.sql` the queue's
-functions.
+the command line. Beside it: `ai_requests.py` has the requests and refusals, `ai_access.py` who may send them, `ai_database.py` the
+connections, `schema.sql` the queue's functions.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import msgspec
 import pg8000.native
 
 import providers
+from ai_access import API, Door, Token, clashes, read_token_file, read_tokens, token_of
 from ai_database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
 from ai_database_url import DatabaseAddress, read_database_url
 from ai_requests import (
@@ -56,6 +57,7 @@ from ai_requests import (
     Draining,
     Failure,
     Filters,
+    Forbidden,
     Heartbeat,
     IdempotencyKeyReused,
     InvalidState,
@@ -82,6 +84,7 @@ from ai_requests import (
     StatsQuery,
     TooDeep,
     TooManyCombinations,
+    Unauthorized,
     UnsupportedMediaType,
     ValidationFailed,
     alternatives,
@@ -176,18 +179,31 @@ class Settings:
     drain_seconds: float = setting("DRAIN_SECONDS", "from SIGTERM to the close of the listener", default="5", read=duration(0))
     retention: timedelta | None = setting("RETENTION", "how long finished jobs are kept, or `forever`", default="30d", read=_read_retention)
     log_level: str = setting("LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR", default="INFO", read=_read_log_level)
+    api_tokens: tuple[Token, ...] | None = setting(
+        "API_TOKENS", "tokens, `name=role=secret; …`; without any everybody may do everything", read=read_tokens, secret=True
+    )
+    api_tokens_file: tuple[Token, ...] | None = setting(
+        "API_TOKENS_FILE", "a file with more of them, read at the start", read=read_token_file
+    )
     environ: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """Who is let in; nobody named is everybody."""
+        return (self.api_tokens or ()) + (self.api_tokens_file or ())
+
+    def problems(self) -> list[str]:
+        """What the settings are wrong about together."""
+        problems = [f"API_TOKENS and API_TOKENS_FILE: {problem}" for problem in clashes(self.tokens)]
+        if self.database_pool_mode == "transaction" and self.database_url.options:
+            problems.append("DATABASE_URL: options do not get through a pooler; set them for the role: alter role … set …")
+        return problems
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "Settings":
         """The settings in `environ`, which the providers read theirs from later. Raises SettingsError with all problems at once."""
-        return read_settings(cls, environ, environ=environ)
-
-    def problems(self) -> list[str]:
-        """What two settings make impossible together."""
-        if self.database_pool_mode == "transaction" and self.database_url.options:
-            return ["DATABASE_URL: options do not get through a pooler; set them for the role: alter role … set …"]
-        return []
+        # Of tokens nothing is kept but digests, and providers are strangers' code.
+        return read_settings(cls, environ, environ={name: text for name, text in environ.items() if name != "API_TOKENS"})
 
 
 # ── Queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,6 +219,11 @@ class JobText:
     facts: str
     result: str | None = None
     input: str | None = None
+
+    @property
+    def owner_service(self) -> str:
+        """Whose it is. The name needs no escapes, and nothing before it is of the caller's making."""
+        return self.facts.partition('"owner_service":"')[2].partition('"')[0]
 
     @property
     def is_finished(self) -> bool:
@@ -519,6 +540,13 @@ class Queue:
             raise JobNotFound
         return JobText(*rows[0])
 
+    def owner_of(self, job_id: str) -> str | None:
+        """Whose a job is, which never changes; None where there is none."""
+        rows = self.database.run(
+            "-- queue.owner_of\nselect owner_service from job j join lane l on l.id = j.lane_id where j.id = :job_id::uuid", job_id=job_id
+        )
+        return rows[0][0] if rows else None
+
     def get_many(self, ids: Sequence[str | None]) -> list[JobText | None]:
         """Jobs without payloads, in order; None where there is none."""
         rows = self.database.run("-- queue.get_many\nselect n, facts from job_texts_v1(:ids::uuid[], false, false)", ids=ids)
@@ -544,10 +572,11 @@ class Queue:
         statement = "-- queue.resume\nselect resume_jobs_v1(:owners::text[], :task_types::text[], :profiles::text[])"
         return str(self.database.run(statement, owners=owners, task_types=types, profiles=profiles)[0][0])
 
-    def stats(self, window_seconds: int) -> str:
-        """Counters as one JSON object, after the ledger was folded."""
+    def stats(self, window_seconds: int, owners: Sequence[str] | None) -> str:
+        """Counters as one JSON object, of these owners where they are named, after the ledger was folded."""
         self.fold()
-        return str(self.database.run("-- queue.stats\nselect stats_v1(:window::int, null)", window=window_seconds)[0][0])
+        statement = "-- queue.stats\nselect stats_v1(:window::int, :owners::text[])"
+        return str(self.database.run(statement, window=window_seconds, owners=owners)[0][0])
 
     def workers(self) -> list[tuple[str, str, str | None]]:
         """Workers of the last five minutes, latest first: id, when seen, and what it reported as JSON text."""
@@ -1117,6 +1146,8 @@ class ProviderBoard:
 STATUS_OF: dict[type[Refusal], int] = {
     MalformedJson: 400,
     MalformedRequest: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
     NotFound: 404,
     JobNotFound: 404,
     MethodNotAllowed: 405,
@@ -1156,6 +1187,8 @@ def answer_refusal(_request: falcon.Request, response: falcon.Response, refusal:
     response.data = msgspec.json.encode(body)
     if refusal.retry_after:
         response.set_header("Retry-After", str(refusal.retry_after))
+    if isinstance(refusal, Unauthorized):
+        response.set_header("WWW-Authenticate", "Bearer")
 
 
 def answer_falcon_error(request: falcon.Request, response: falcon.Response, error: falcon.HTTPError, params: Any) -> None:
@@ -1172,9 +1205,9 @@ def answer_crash(request: falcon.Request, response: falcon.Response, error: Exce
     """Our own mistake: told to the log, not to the caller."""
     if isinstance(error, pg8000.native.DatabaseError):
         fields = error.args[0] if isinstance(error.args[0], dict) else {}
-        log.error("request_failed method=%s path=%s sqlstate=%s error=%s", request.method, request.path, fields.get("C"), fields.get("M"))
+        log.error("request_failed method=%s path=%r sqlstate=%s error=%r", request.method, request.path, fields.get("C"), fields.get("M"))
     else:
-        log.error("request_failed method=%s path=%s", request.method, request.path, exc_info=error)
+        log.error("request_failed method=%s path=%r", request.method, request.path, exc_info=error)
     answer_refusal(request, response, Refusal(), params)
 
 
@@ -1214,6 +1247,13 @@ class Resource:
             raise UnsupportedMediaType
         return body
 
+    def own_id(self, request: falcon.Request, job_id: str) -> str:
+        """The id of a job that exists for who calls, to change it: its owner stays the same. Raises JobNotFound."""
+        job_id, token = known_id(job_id), token_of(request)
+        if token.owner_services is not None:
+            token.assert_owns(self.queue.owner_of(job_id))
+        return job_id
+
 
 class Jobs(Resource):
     """POST creates a job, GET lists them."""
@@ -1222,6 +1262,7 @@ class Jobs(Resource):
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         job = read_body(self.body(request), NewJob)
+        token_of(request).assert_may_create([job])
         created, job_id, text = self.service.creating.call(job, len(job.input))
         self.room.became_ready([(job.model_profile, job.task_type, job.owner_service)])
         log.debug("job_created id=%s new=%s", job_id, created)
@@ -1231,7 +1272,7 @@ class Jobs(Resource):
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
         wanted = read_query(request.params, Listing)
         limit = wanted.limit or 50
-        ids = self.queue.list_ids(wanted, limit + 1, wanted.cursor)
+        ids = self.queue.list_ids(token_of(request).cut(wanted), limit + 1, wanted.cursor)
         jobs = [job.render(with_result=False) for job in self.queue.get_many(ids[:limit]) if job]
         cursor = b'"%b"' % ids[limit - 1].encode() if len(ids) > limit else b"null"
         send(response, b'{"jobs":[%b],"next_cursor":%b}' % (b",".join(jobs), cursor))
@@ -1242,6 +1283,7 @@ class JobBatch(Resource):
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         jobs = read_batch(self.body(request))
+        token_of(request).assert_may_create(jobs, "/jobs")
         made = self.queue.create(jobs)
         self.room.became_ready(list({(job.model_profile, job.task_type, job.owner_service) for job in jobs}))
         rows = ",".join(f'{{"id":"{job.id}","status":"{job.status}","created":{"true" if job.created else "false"}}}' for job in made)
@@ -1256,7 +1298,7 @@ class JobClaim(Resource):
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         wish = read_body(self.body(request), ClaimRequest)
-        wish = attrs.evolve(wish, claim_id=(wish.claim_id or str(uuid.uuid4())).lower())
+        wish = attrs.evolve(token_of(request).narrowed(wish), claim_id=(wish.claim_id or str(uuid.uuid4())).lower())
         self.service.upkeep.saw(wish.worker_id, wish.worker)
         claimed = self.room.claim(wish, request.env.get("waitress.client_disconnected", lambda: False))
         log.debug("jobs_claimed worker_id=%r empty=%s", wish.worker_id, not claimed.jobs)
@@ -1271,7 +1313,9 @@ class JobLookup(Resource):
         if len(ids) > 500:
             raise ValidationFailed(errors=[{"path": "/ids", "message": "must have at most 500 items"}])
         jobs = self.queue.get_many([job_id if UUID.fullmatch(job_id) else None for job_id in ids])
-        send(response, b'{"jobs":[%b]}' % b",".join(job.render(with_result=False) if job else b"null" for job in jobs))
+        owns = token_of(request).owns
+        rendered = (job.render(with_result=False) if job and owns(job.owner_service) else b"null" for job in jobs)
+        send(response, b'{"jobs":[%b]}' % b",".join(rendered))
 
 
 class Job(Resource):
@@ -1283,13 +1327,14 @@ class Job(Resource):
         query = read_query(request.params, JobQuery)
         job_id = known_id(job_id)
         job = self.queue.get(job_id, with_input=query.include == "input")
+        token_of(request).assert_owns(job.owner_service)
         if query.wait_seconds and not job.is_finished:
             self.room.wait_for(job_id, query.wait_seconds)
             job = self.queue.get(job_id, with_input=query.include == "input")
         send(response, job.render(with_input=query.include == "input"))
 
-    def on_delete(self, _request: falcon.Request, response: falcon.Response, job_id: str) -> None:
-        self.queue.delete(known_id(job_id))
+    def on_delete(self, request: falcon.Request, response: falcon.Response, job_id: str) -> None:
+        self.queue.delete(self.own_id(request, job_id))
         response.status = falcon.HTTP_204
 
 
@@ -1306,10 +1351,10 @@ class JobVerb(Resource):
 
     def on_post(self, request: falcon.Request, response: falcon.Response, job_id: str) -> None:
         body = read_body(self.body(request), self.kind)
-        job_id = known_id(job_id)
+        job_id = self.own_id(request, job_id)
         done = self.act(job_id, body)
         self.service.moved([job_id], requeued=self.kind in REQUEUING)
-        log.debug("job_called path=%s", request.path)
+        log.debug("job_called path=%r", request.path)
         send(response, done if isinstance(done, str) else done.render())
 
 
@@ -1330,7 +1375,7 @@ class JobsVerb(Resource):
         for (position, _, _), outcome in zip(wanted, outcomes, strict=True):
             answers[position] |= self._rendered(outcome, report)
         self.service.moved([job_id for _, job_id, _ in wanted], requeued=self.kind in REQUEUING)
-        log.debug("jobs_called path=%s count=%d", request.path, len(wanted))
+        log.debug("jobs_called path=%r count=%d", request.path, len(wanted))
         send(response, msgspec.json.encode({"jobs": answers}).decode())
 
     def _wanted(self, position: int, item: msgspec.Raw, answer: dict[str, Any]) -> tuple[int, str, Any] | None:
@@ -1380,7 +1425,7 @@ class BulkJobRetry(Resource):
             raise ValidationFailed(errors=[{"path": "/filter", "message": "must not be empty"}])
         statuses = wanted.status or ["failed", "cancelled"]
         limit = body.limit or MAX_BULK
-        ids = self.queue.list_ids(attrs.evolve(wanted, status=statuses), limit + 1)
+        ids = self.queue.list_ids(token_of(request).cut(attrs.evolve(wanted, status=statuses)), limit + 1)
         retried = self.queue.retry(ids[:limit], statuses).count("ok") if ids else 0
         self.room.became_ready()
         send(response, f'{{"retried":{retried},"more":{"true" if len(ids) > limit else "false"}}}')
@@ -1398,7 +1443,7 @@ class Pause(Resource):
         if not any(attrs.asdict(named).values()):
             raise ValidationFailed(errors=[{"path": "", "message": "must name model_profiles, task_types or owner_services"}])
         rules = self.act(named.owner_services, named.task_types, named.model_profiles)
-        log.info("pauses_changed path=%s rules=%s", request.path, rules)
+        log.info("pauses_changed path=%r rules=%s", request.path, rules)
         self.room.became_ready()
         send(response, f'{{"paused":{rules}}}')
 
@@ -1409,7 +1454,8 @@ class Stats(Resource):
     queried = ("GET",)
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        send(response, self.queue.stats(read_query(request.params, StatsQuery).window_seconds or 86_400))
+        window_seconds = read_query(request.params, StatsQuery).window_seconds or 86_400
+        send(response, self.queue.stats(window_seconds, token_of(request).owner_services))
 
 
 class Workers(Resource):
@@ -1446,7 +1492,8 @@ class Readiness(Resource):
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         self.service.assert_ready()
-        send(response, f'{{"status":"ready","version":"{__version__}","schema_version":{SCHEMA_VERSION}}}')
+        access = "tokens" if self.service.settings.tokens else "open"
+        send(response, f'{{"status":"ready","version":"{__version__}","schema_version":{SCHEMA_VERSION},"access":"{access}"}}')
 
     on_head = on_options = on_get
 
@@ -1540,7 +1587,8 @@ class StrictQueries:
 
 def create_app(service: Service) -> falcon.App[Any, Any]:
     """The WSGI application with every route."""
-    app = falcon.App(middleware=[StrictQueries()])
+    door = Door(service.settings.tokens)
+    app = falcon.App(middleware=[door, StrictQueries()] if service.settings.tokens else [StrictQueries()])
     app.req_options.keep_blank_qs_values = True
     app.add_error_handler(Exception, answer_crash)
     app.add_error_handler(falcon.HTTPError, answer_falcon_error)
@@ -1572,6 +1620,8 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route("/api/v1/providers/status", ProvidersStatus(service))
     app.add_route(HEALTH, Health(service))
     app.add_route("/readyz", Readiness(service))
+    if service.settings.tokens:
+        app.add_sink(door.refuse_unknown, API)
     return app
 
 
@@ -1618,7 +1668,10 @@ def serve(settings: Settings) -> int:
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
-    log.warning("access_open: no tokens are configured, every caller may do everything")
+    if settings.tokens:
+        log.info("access_by_tokens tokens=%s", ", ".join(map(str, settings.tokens)))
+    else:
+        log.warning("access_open: no tokens are configured, every caller may do everything")
     log.info(
         "service_started version=%s host=%s port=%d database=%s",
         __version__,
@@ -1643,7 +1696,7 @@ def check(settings: Settings) -> int:
     except Refusal as refusal:
         print(f"database: not ready, {refusal.code}: {refusal.reason or refusal.detail}")
         ready = False
-    print("access: open, no tokens are configured")
+    print(f"access: by tokens, {', '.join(map(str, settings.tokens))}" if settings.tokens else "access: open, no tokens are configured")
     _print_providers(service.board.listed)
     return 0 if ready else 1
 

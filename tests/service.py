@@ -70,13 +70,14 @@ class Answer:
 class Api:
     """The HTTP interface of one service process; safe to use from many threads."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, token: str | None = None) -> None:
         self.port = port
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._pool = urllib3.HTTPConnectionPool("127.0.0.1", port, maxsize=128, retries=False, timeout=90)
 
     def request(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Answer:
         """Send exactly this; raises urllib3's errors where no answer comes."""
-        response = self._pool.request(method, path, body=body, headers=dict(headers or {}))
+        response = self._pool.request(method, path, body=body, headers={**self._headers, **(headers or {})})
         return Answer(response.status, response.headers, response.data)
 
     def post(self, path: str, json: Any = None, body: bytes | None = None, media_type: str = "application/json") -> Answer:

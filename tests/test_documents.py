@@ -49,7 +49,7 @@ def command(name: str, environment: Mapping[str, str]) -> subprocess.CompletedPr
 
 def test_every_setting_of_the_service_is_in_the_table_with_its_default() -> None:
     told = rows_under("Settings of the service")
-    assert told == {each.name: (each.default or "required", each.about) for each in declared(Settings)}
+    assert told == {each.name: (each.default or ("required" if each.required else ""), each.about) for each in declared(Settings)}
 
 
 TABLES = {
