@@ -31,6 +31,7 @@ from typing import Any
 
 from ai_client import AIService, Job, NewJob, NotJSON, ServiceError
 from ai_embedded import EmbeddedError, bound_to_this_process, embedded_postgres
+from ai_log import printable
 
 __all__ = ["DemoFailed", "StandInChat", "StandInWhisperX", "main", "run"]
 
@@ -392,7 +393,7 @@ def _print_change(job: Job, seconds: float) -> None:
     error = job.error or (job.errors[-1] if job.errors and job.status == "pending" else None)
     why = f": {error.category}, {error.message}" if error else ""
     clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-    print(f"{clear}{seconds:6.1f} s  {job.status:9}  {job.task_type:22}  {job.owner_ref}{again}{why}", flush=True)
+    print(clear + printable(f"{seconds:6.1f} s  {job.status:9}  {job.task_type:22}  {job.owner_ref}{again}{why}"), flush=True)
 
 
 def _print_counts(jobs: Iterable[Job]) -> None:
@@ -418,7 +419,7 @@ def _row(job: Job) -> tuple[str, ...]:
     seconds = f"{(job.finished_at - job.started_at).total_seconds():.2f}" if job.finished_at and job.started_at else ""
     tokens = (job.usage or {}).get("total_tokens")
     said = f"{job.error.category}: {job.error.message}" if job.error else _words(job)
-    return job.task_type, job.owner_ref, job.status, seconds, "–" if tokens is None else str(tokens), said
+    return tuple(map(printable, (job.task_type, job.owner_ref, job.status, seconds, "–" if tokens is None else str(tokens), said)))
 
 
 def _words(job: Job) -> str:

@@ -39,6 +39,7 @@ import providers
 from ai_access import API, Door, Token, clashes, read_token_file, read_tokens, token_of
 from ai_database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
 from ai_database_url import DatabaseAddress, read_database_url
+from ai_log import log_to_stderr, printable
 from ai_requests import (
     MAX_BULK,
     OUTCOMES,
@@ -1712,9 +1713,9 @@ def check_worker(environ: Mapping[str, str]) -> int:
 
 def _print_providers(listed: Sequence[providers.Listed]) -> None:
     for one, item in zip(listed, providers.check_all(listed), strict=True):
-        print(f"provider {item['name']}: {item['status']}{', ' + item['detail'] if item.get('detail') else ''}")
+        print(printable(f"provider {item['name']}: {item['status']}{', ' + item['detail'] if item.get('detail') else ''}"))
         for name, shown in one.settings.items():
-            print(f"  {name} {shown}")
+            print(printable(f"  {name} {shown}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1731,7 +1732,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "serve" and options.data and not options.embedded:
         parser.error("--data is the folder of the embedded PostgreSQL: it goes with --embedded")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    log_to_stderr()
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     return _run(options)
 

@@ -67,6 +67,7 @@ from ai_client import (
     object_text,
     split_object,
 )
+from ai_log import log_to_stderr
 from providers import (
     INTERNAL,
     INVALID_INPUT,
@@ -951,7 +952,7 @@ def _version() -> str:
 
 def main(environ: Mapping[str, str]) -> int:
     """Run a worker until SIGTERM or SIGINT. 0 after a drain, 1 when it broke, 2 when its settings are wrong or no provider is set up."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr()
     try:
         worker = _made(environ)
     except SettingsError as wrong:

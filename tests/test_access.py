@@ -7,12 +7,11 @@ the first worker's profile. `nil` is 200 with nothing of that job in the answer.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import falcon
 import pytest
 from fake_vllm import fake_vllm
 from postgres import fresh_schema
-from service import INHERITED, MAIN, Answer, Api, Corner, Service, raw_post, running_service, wait_until
+from service import MAIN, Answer, Api, Corner, Service, raw_post, running_service, wait_until, worker_process
 
 from ai_access import audit
 from ai_service import Service as Application
@@ -418,35 +417,16 @@ def test_a_repeated_claim_gets_what_it_holds_whatever_profile_it_names(by: Mappi
         assert job["id"] == created["id"]
 
 
-@contextmanager
-def worker_process(guarded: Service, secret: str, folder: Path, environ: Mapping[str, str]) -> Iterator[Path]:
-    """`ai-service worker` with a token; gives its log."""
-    own = {"AI_SERVICE_URL": f"http://127.0.0.1:{guarded.api.port}", "AI_SERVICE_TOKEN": secret, "WORKER_SPOOL_DIR": str(folder / "spool")}
-    machine = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    log = folder / "log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen([sys.executable, str(MAIN), "worker"], env={**machine, **own, **environ}, stderr=stderr)
-    try:
-        yield log
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            process.kill()
-            process.wait()
-
-
 def test_a_worker_process_works_with_its_token_and_not_with_a_wrong_one(
     guarded: Service, by: Mapping[str, Api], desk: Corner, tmp_path: Path
 ) -> None:
     job = desk.create(input={"prompt": "hello"})
     with fake_vllm(model="whisperx") as model:
-        with worker_process(guarded, "wrong-0123456789abcdef", tmp_path, model.environ) as log:
+        with worker_process(guarded.api.port, tmp_path, **model.environ, AI_SERVICE_TOKEN="wrong-0123456789abcdef") as log:
             wait_until(lambda: "service_went_away error=401 unauthorized" in log.read_text(), 20)
         assert "wrong-0123456789abcdef" not in log.read_text()
         assert desk.look(job)["attempt"] == 0
-        with worker_process(guarded, SECRETS["worker"], tmp_path, model.environ) as log:
+        with worker_process(guarded.api.port, tmp_path, **model.environ, AI_SERVICE_TOKEN=SECRETS["worker"]) as log:
             wait_until(lambda: desk.look(job)["status"] == "completed", 20)
             assert [each for each in by["operator"].get("/api/v1/workers").json["workers"] if each.get("providers")]
         assert "service_went_away" not in log.read_text()
