@@ -680,6 +680,15 @@ def _usage_columns(usages: Sequence[str | None]) -> dict[str, Any]:
     }
 
 
+def log_crash(what: str, error: Exception) -> None:
+    """Our own mistake. Of PostgreSQL's errors not the details, which may be values of a row."""
+    if isinstance(error, pg8000.native.DatabaseError):
+        fields = error.args[0] if isinstance(error.args[0], dict) else {}
+        log.error("%s sqlstate=%s error=%r", what, fields.get("C"), fields.get("M"))
+    else:
+        log.error("%s", what, exc_info=error)
+
+
 # ── Gathering ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_GATHERED = 100
@@ -906,8 +915,8 @@ class WaitingRoom:
             self._look_around()
         except Refusal as refusal:
             self._answer_all(refusal)
-        except Exception:
-            log.exception("claims_failed")
+        except Exception as error:  # noqa: BLE001 -- told to the log
+            log_crash("claims_failed", error)
             self._answer_all(Refusal())
 
     def _pause(self) -> float | None:
@@ -1073,8 +1082,8 @@ class Upkeep:
                 log.log(level, "upkeep_waits step=%s code=%s reason=%s", name, refusal.code, refusal.reason or refusal.detail)
             self._failing.add(name)
             return False
-        except Exception:
-            log.exception("upkeep_failed step=%s", name)
+        except Exception as error:  # noqa: BLE001 -- told to the log
+            log_crash(f"upkeep_failed step={name}", error)
             return False
         if name in self._failing:
             self._failing.remove(name)
@@ -1204,11 +1213,7 @@ def answer_falcon_error(request: falcon.Request, response: falcon.Response, erro
 
 def answer_crash(request: falcon.Request, response: falcon.Response, error: Exception, params: Any) -> None:
     """Our own mistake: told to the log, not to the caller."""
-    if isinstance(error, pg8000.native.DatabaseError):
-        fields = error.args[0] if isinstance(error.args[0], dict) else {}
-        log.error("request_failed method=%s path=%r sqlstate=%s error=%r", request.method, request.path, fields.get("C"), fields.get("M"))
-    else:
-        log.error("request_failed method=%s path=%r", request.method, request.path, exc_info=error)
+    log_crash(f"request_failed method={request.method} path={request.path!r}", error)
     answer_refusal(request, response, Refusal(), params)
 
 

@@ -215,21 +215,17 @@ def running_service(database_url: str, schema: str, **settings: str) -> Iterator
 
 @contextmanager
 def worker_process(port: int, folder: Path, **settings: str) -> Iterator[Path]:
-    """`ai_service.py worker` for the service on this port, stopped at the end; gives its log, which lies in `folder` beside its spool."""
+    """`ai_service.py worker` for the service on this port, killed at the end; gives its log, which lies in `folder` beside its spool."""
     machine = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    own = {"AI_SERVICE_URL": f"http://127.0.0.1:{port}", "WORKER_SPOOL_DIR": str(folder / "spool"), "WORKER_DRAIN_SECONDS": "1"}
+    own = {"AI_SERVICE_URL": f"http://127.0.0.1:{port}", "WORKER_SPOOL_DIR": str(folder / "spool")}
     log = folder / "worker.log"
     with log.open("w") as stderr:
         process = subprocess.Popen([sys.executable, str(MAIN), "worker"], env={**machine, **own, **settings}, stderr=stderr)
     try:
         yield log
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 NEEDED: dict[str, dict[str, Any]] = {"complete": {"result": {"ok": True}}, "fail": {"category": "timeout", "message": "too slow"}}
