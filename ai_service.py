@@ -573,7 +573,7 @@ class Queue:
         statement = "-- queue.resume\nselect resume_jobs_v1(:owners::text[], :task_types::text[], :profiles::text[])"
         return str(self.database.run(statement, owners=owners, task_types=types, profiles=profiles)[0][0])
 
-    def stats(self, window_seconds: int, owners: Sequence[str] | None) -> str:
+    def stats(self, window_seconds: int, owners: Sequence[str] | None = None) -> str:
         """Counters as one JSON object, of these owners where they are named, after the ledger was folded."""
         self.fold()
         statement = "-- queue.stats\nselect stats_v1(:window::int, :owners::text[])"
