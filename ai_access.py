@@ -205,6 +205,7 @@ ROUTES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     **{("POST", f"{_JOBS}/{verb}"): _WORKERS for verb in ("complete", "fail", "heartbeat", "release")},
     **{("POST", f"{_JOBS}/{{job_id}}/{verb}"): _WORKERS for verb in ("complete", "fail", "heartbeat", "release")},
     ("GET", "/api/v1/stats"): _CALLERS,
+    ("GET", "/metrics"): _OPERATORS,
     ("GET", "/api/v1/workers"): _OPERATORS,
     ("GET", "/api/v1/providers/status"): _OPERATORS,
     ("POST", "/api/v1/pause"): _OPERATORS,

@@ -33,7 +33,7 @@ log = logging.getLogger("ai_service.database")
 
 # ── Database ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SCHEMA_FILE = Path(__file__).with_name("schema.sql")
 STATEMENT_SECONDS, LOCK_SECONDS, CONNECT_SECONDS, LEND_SECONDS = 30, 5, 5, 5
 
@@ -68,6 +68,7 @@ class Database:
         self._connection = PooledConnection if pool_mode == "transaction" else Connection
         self._free: list[Connection] = []
         self._told_at: dict[str, float] = {}
+        self.connections = connections
         self._places = threading.Semaphore(connections)
 
     def run(self, statement: str, seconds: float = STATEMENT_SECONDS + 5, **values: Any) -> list[list[Any]]:
@@ -88,6 +89,11 @@ class Database:
         """Runs statements without parameters in a session of their own; the rows of the last that has any. Raises like `run`."""
         with self.session() as session:
             return session.script(text)
+
+    @property
+    def in_use(self) -> int:
+        """How many connections are lent out."""
+        return self.connections - self._places._value  # noqa: SLF001  threading has no public name for it
 
     def close(self) -> None:
         """Closes the connections that are not in use."""

@@ -40,6 +40,7 @@ from ai_access import API, Door, Token, clashes, read_token_file, read_tokens, t
 from ai_database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
 from ai_database_url import DatabaseAddress, read_database_url
 from ai_log import log_to_stderr, printable
+from ai_metrics import CONTENT_TYPE, Metrics, Move, Snapshot
 from ai_requests import (
     MAX_BULK,
     OUTCOMES,
@@ -380,8 +381,8 @@ def _outcomes_of(call: str) -> str:
 class Queue:
     """A job's life in PostgreSQL, one statement each. Times are the database's. Every method raises a Refusal."""
 
-    def __init__(self, database: Database) -> None:
-        self.database = database
+    def __init__(self, database: Database, moved: Callable[[list[Move]], None] = lambda _: None) -> None:
+        self.database, self._moved = database, moved
         self._floors = Floors()
         self._served: list[str] = []
 
@@ -598,8 +599,18 @@ class Queue:
         return (rows[0][0], rows[0][1], rows[0][2]) if rows else (0, 0, 0)
 
     def fold(self) -> bool:
-        """Moves up to 20,000 rows of the ledger into the counters; whether more are left."""
-        return bool(self.database.run("-- queue.fold\nselect fold_v1(20000)")[0][0])
+        """Moves up to 20,000 rows of the ledger into the counters, and tells of them; whether more are left."""
+        more, moves = self.database.run("-- queue.fold\nselect more, moves from fold_v2(20000)")[0]
+        self._moved([Move(*move) for move in _array(moves)])
+        return bool(more)
+
+    def oldest_transaction_seconds(self) -> float:
+        """For how long the oldest transaction has been open that this role may see; dead rows stay as long. 0 without any."""
+        rows = self.database.run(
+            "-- queue.oldest_transaction\nselect coalesce(max(extract(epoch from clock_timestamp() - xact_start)), 0)::float8 "
+            "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        return float(rows[0][0])
 
     def prepare_partitions(self, retention: timedelta | None) -> None:
         """Sees to it that the next partitions exist: about eight lie within the retention, a month each where it is forever.
@@ -1020,8 +1031,8 @@ class Upkeep:
     Each of these by itself: where one fails the others go on.
     """
 
-    def __init__(self, queue: Queue, settings: Settings, room: WaitingRoom) -> None:
-        self._queue, self._settings, self._room = queue, settings, room
+    def __init__(self, queue: Queue, settings: Settings, room: WaitingRoom, metrics: Metrics) -> None:
+        self._queue, self._settings, self._room, self._metrics = queue, settings, room, metrics
         self._seen: dict[str, tuple[float, str | None]] = {}
         self._lock = threading.Lock()
         self._begun, self._stopped = threading.Event(), threading.Event()
@@ -1053,6 +1064,7 @@ class Upkeep:
             seen, self._seen = self._seen, {}
         now = time.monotonic()
         rescued, expired, promoted = self._queue.upkeep({worker_id: (now - at, report) for worker_id, (at, report) in seen.items()})
+        self._metrics.settled(rescued, expired)
         if rescued or expired or promoted:
             log.info("upkeep_done rescued=%d expired=%d promoted=%d", rescued, expired, promoted)
             self._room.became_ready()
@@ -1189,11 +1201,14 @@ def refused_by_server(status: int, reason: str) -> dict[str, Any]:
     return problem(known.get(status) or MalformedRequest(reason)) | {"status": status}
 
 
+PROBLEM = "application/problem+json"
+
+
 def answer_refusal(_request: falcon.Request, response: falcon.Response, refusal: Refusal, _params: Any) -> None:
     """Renders a refusal."""
     body = problem(refusal)
     response.status = falcon.code_to_http_status(body["status"])
-    response.content_type = "application/problem+json"
+    response.content_type, response.context.code = PROBLEM, refusal.code
     response.data = msgspec.json.encode(body)
     if refusal.retry_after:
         response.set_header("Retry-After", str(refusal.retry_after))
@@ -1404,6 +1419,7 @@ class JobsVerb(Resource):
     def _rendered(self, outcome: str | Beat, report: str | None) -> dict[str, Any]:
         said = outcome.outcome if isinstance(outcome, Beat) else outcome
         if said != "ok":
+            self.service.metrics.refused(said)
             return refused_item(OUTCOMES[said]())
         if isinstance(outcome, str):
             return {"status": 200}
@@ -1478,6 +1494,14 @@ class ProvidersStatus(Resource):
         send(response, f'{{"providers":{self.service.board.checked()},"workers":{self.service.workers()}}}')
 
 
+class MetricsText(Resource):
+    """GET tells Prometheus what this process counted and how the queue stands; without the database it tells the former."""
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        response.content_type = CONTENT_TYPE
+        response.data = self.service.metrics_text()
+
+
 HEALTH = "/healthz"
 
 
@@ -1515,11 +1539,12 @@ class Service:
         self.database = Database(
             settings.database_url, settings.database_schema, settings.database_connections, settings.database_pool_mode
         )
-        self.queue = Queue(self.database)
+        self.metrics = Metrics(__version__)
+        self.queue = Queue(self.database, self.metrics.moved)
         self.creating, self.completing = Gathering(self.queue.create_apart), Gathering(self.queue.complete_apart)
         self.failing, self.releasing = Gathering(self.queue.fail_apart), Gathering(self.queue.release_apart)
         self.room = WaitingRoom(self.queue, settings.http_threads - 32)
-        self.upkeep = Upkeep(self.queue, settings, self.room)
+        self.upkeep = Upkeep(self.queue, settings, self.room, self.metrics)
         self.board = ProviderBoard(settings.environ)
         self.draining = False
 
@@ -1569,6 +1594,19 @@ class Service:
         tails = ("," + report.strip()[1:].lstrip() if report and report.strip("{} \t\r\n") else "}" for _, _, report in rows)
         return f"[{','.join(head + tail for head, tail in zip(heads, tails, strict=True))}]"
 
+    def metrics_text(self) -> bytes:
+        """All figures for Prometheus."""
+        database = self.database
+        return self.metrics.text(self._snapshot(), waiting=self.room.waiting(), in_use=database.in_use, connections=database.connections)
+
+    def _snapshot(self) -> Snapshot | None:
+        try:
+            stats, workers = msgspec.json.decode(self.queue.stats(3600)), msgspec.json.decode(self.workers())
+            return Snapshot(stats, workers, self.queue.oldest_transaction_seconds())
+        except Refusal as refusal:
+            log.debug("metrics_without_database code=%s", refusal.code)
+            return None
+
     def assert_ready(self) -> None:
         """Raises the Refusal that keeps the service from serving."""
         if self.draining:
@@ -1580,6 +1618,20 @@ class Service:
             "-- service.assert_ready\nselect pg_is_in_recovery() or current_setting('transaction_read_only')::boolean", seconds=3
         )[0][0]:
             raise DatabaseUnavailable("PostgreSQL is read-only")
+
+
+class Counting:
+    """Counts what was answered, by route and status."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def process_response(self, request: falcon.Request, response: falcon.Response, _resource: object, _succeeded: object) -> None:
+        """Called by Falcon after each responder, and after a refusal."""
+        method = request.method if request.method in falcon.HTTP_METHODS else "other"
+        self._metrics.answered(method, request.uri_template or "", str(response.status)[:3])
+        if response.content_type == PROBLEM:
+            self._metrics.refused(response.context.code)
 
 
 class StrictQueries:
@@ -1594,7 +1646,8 @@ class StrictQueries:
 def create_app(service: Service) -> falcon.App[Any, Any]:
     """The WSGI application with every route."""
     door = Door(service.settings.tokens)
-    app = falcon.App(middleware=[door, StrictQueries()] if service.settings.tokens else [StrictQueries()])
+    middleware: list[Any] = [Counting(service.metrics), *([door] if service.settings.tokens else []), StrictQueries()]
+    app = falcon.App(middleware=middleware)
     app.req_options.keep_blank_qs_values = True
     app.add_error_handler(Exception, answer_crash)
     app.add_error_handler(falcon.HTTPError, answer_falcon_error)
@@ -1626,6 +1679,7 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route("/api/v1/providers/status", ProvidersStatus(service))
     app.add_route(HEALTH, Health(service))
     app.add_route("/readyz", Readiness(service))
+    app.add_route("/metrics", MetricsText(service))
     if service.settings.tokens:
         app.add_sink(door.refuse_unknown, API)
     return app

@@ -1023,12 +1023,14 @@ begin
 end $$;
 
 -- Moves the ledger into the counters. A row becomes visible at its commit but carries the time of its start: the search begins a minute
--- before the last fold, which is more than a statement may take, and steps over nothing older. True where more is left.
-create or replace function fold_v1(at_most int) returns boolean language plpgsql
+-- before the last fold, which is more than a statement may take, and steps over nothing older. Tells whether more is left, and what was moved, as
+-- a JSON array of [event, owner, profile, category, bucket, n, prompt, completion and total tokens, audio seconds]: each move is told to one process.
+create or replace function fold_v2(at_most int, out more boolean, out moves text) language plpgsql
 set enable_seqscan = off as $$
 declare rows_folded int; last_at timestamptz;
 begin
-  if not pg_try_advisory_xact_lock(lock_key(3)) then return false; end if;
+  more := false;
+  if not pg_try_advisory_xact_lock(lock_key(3)) then return; end if;
   with gone as (
     delete from tally where ctid = any (array(
       select ctid from tally where at > (select folded_at from upkeep_state) - interval '1 minute' order by at limit at_most)) returning *
@@ -1054,12 +1056,22 @@ begin
     total_tokens = coalesce(h.total_tokens + excluded.total_tokens, h.total_tokens, excluded.total_tokens),
     audio_seconds = coalesce(h.audio_seconds + excluded.audio_seconds, h.audio_seconds, excluded.audio_seconds)
   )
-  select count(*), max(at) into rows_folded, last_at from gone;
+  select count(*), max(at), (
+    select json_agg(json_build_array(event, owner_service, model_profile, category, seconds_bucket, n, prompt, completion, total, audio))::text from (
+      select g.event, l.owner_service, l.model_profile, g.category, g.seconds_bucket, sum(g.n) as n, sum(g.prompt_tokens) as prompt,
+        sum(g.completion_tokens) as completion, sum(g.total_tokens) as total, sum(g.audio_seconds) as audio
+      from gone g join lane l on l.id = g.lane_id group by 1, 2, 3, 4, 5) m)
+  into rows_folded, last_at, moves from gone;
   update upkeep_state set folded_at = case when rows_folded < at_most then now() else last_at end;
   delete from history where (span_seconds in (300, 900) and start_at < now() - interval '2 hours')
     or (span_seconds = 3600 and start_at < now() - interval '26 hours') or (span_seconds = 21600 and start_at < now() - interval '8 days');
-  return rows_folded = at_most;
+  more := rows_folded = at_most;
 end $$;
+
+-- For the release before, which counts nothing itself.
+create or replace function fold_v1(at_most int) returns boolean language sql volatile as $$
+  select more from fold_v2(at_most)
+$$;
 
 -- Lanes without a job for ten minutes are left out of claims and of the cap on combinations until they are used again.
 create or replace function idle_lanes() returns void language plpgsql as $$

@@ -55,6 +55,7 @@ POST   /api/v1/jobs/release              401    401   403 403   200    200      
 GET    /api/v1/stats                     401    401   200 nil   403    403       200
 GET    /api/v1/workers                   401    401   403 403   403    403       200
 GET    /api/v1/providers/status          401    401   403 403   403    403       200
+GET    /metrics                          401    401   403 403   403    403       200
 POST   /api/v1/pause                     401    401   403 403   403    403       200
 POST   /api/v1/resume                    401    401   403 403   403    403       200
 """

@@ -1,0 +1,189 @@
+"""What Prometheus is told, on a service whose every job is known; and the rules that come with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from postgres import connect
+from prometheus_client.parser import text_string_to_metric_families
+from service import Corner, Service, running_service, wait_until
+
+from ai_metrics import BORDERS, OTHER, Metrics, Move, border
+from providers.conformance import closed_port
+
+ROOT = Path(__file__).parent.parent
+RULES = ROOT / "examples" / "prometheus" / "alerts.yml"
+
+
+def figures(service: Service) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample of a scrape, by name and labels."""
+    answer = service.api.get("/metrics")
+    assert answer.status == 200, answer
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return samples(answer.body)
+
+
+def samples(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def figure(service: Service, name: str, **labels: str) -> float | None:
+    return figures(service).get((f"ai_service_{name}", frozenset(labels.items())))
+
+
+def promtool(*arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    program = shutil.which("promtool")
+    if program is None:
+        assert not os.environ.get("CI"), "promtool is missing: the Debian package prometheus has it"
+        pytest.skip("promtool is missing: the Debian package prometheus has it")
+    return subprocess.run([program, *arguments], input=given, capture_output=True, timeout=60, check=False)
+
+
+def worked(corner: Corner) -> None:
+    """Two completed, one failed, one waiting for a retry, one given back and ready, one running."""
+    corner.batch([{} for _ in range(6)])
+    jobs = corner.claim(limit=6)
+    usage = {"prompt_tokens": 100, "completion_tokens": 7, "audio_seconds": 2.5}
+    corner.done(jobs[0], "complete", usage=usage)
+    corner.done(jobs[1], "complete")
+    corner.done(jobs[2], "fail", category="timeout")
+    corner.done(jobs[3], "fail", category="rate_limited", retryable=True, retry_in_seconds=1000)
+    corner.done(jobs[4], "release")
+
+
+def test_jobs_are_counted_by_profile_outcome_and_category(start_service: Callable[..., Service]) -> None:
+    service = start_service()
+    corner = Corner(service.api)
+    worked(corner)
+    profile = corner.model_profile
+    wait_until(lambda: figure(service, "jobs_released_total", model_profile=profile) == 1, 10, "the ledger was folded")
+    found = figures(service)
+
+    def of(name: str, **labels: str) -> float | None:
+        return found.get((f"ai_service_{name}", frozenset({"model_profile": profile, **labels}.items())))
+
+    assert (of("jobs_created_total"), of("jobs_claimed_total")) == (6, 6)
+    assert of("jobs_finished_total", outcome="completed", category="") == 2
+    assert of("jobs_finished_total", outcome="failed", category="timeout") == 1
+    assert of("attempts_failed_total", category="rate_limited") == 1
+    assert [of("jobs", state=state) for state in ("pending", "scheduled", "running")] == [1, 1, 1]
+    assert of("tokens_total", owner_service=corner.owner_service, kind="prompt") == 100
+    assert of("tokens_total", owner_service=corner.owner_service, kind="total") is None, "absent is not zero"
+    assert of("audio_seconds_total", owner_service=corner.owner_service) == 2.5
+    assert of("job_waiting_seconds_count") == 6
+    assert of("job_running_seconds_bucket", outcome="completed", le="+Inf") == 2
+    assert (of("oldest_pending_seconds") or 0) > 0
+    assert of("paused") == 0
+
+
+def test_every_move_is_counted_by_one_process(start_service: Callable[..., Service]) -> None:
+    services = [start_service(), start_service()]
+    corners = [Corner(service.api) for service in services]
+    for corner in corners:
+        corner.batch([{} for _ in range(20)])
+        for job in corner.claim(limit=20):
+            corner.done(job, "complete")
+
+    def completed(corner: Corner) -> float:
+        labels = {"model_profile": corner.model_profile, "outcome": "completed", "category": ""}
+        return sum(figure(service, "jobs_finished_total", **labels) or 0 for service in services)
+
+    wait_until(lambda: [completed(corner) for corner in corners] == [20, 20], 15, "all completions were counted once")
+
+
+def test_a_lapsed_lease_and_a_lost_claim_are_counted(start_service: Callable[..., Service], postgres_url: str) -> None:
+    service = start_service()
+    corner = Corner(service.api)
+    job = corner.take()
+    with closing(connect(postgres_url, service.schema)) as tables:
+        tables.run("update held set lease_expires_at = now() - interval '1 minute'")
+    wait_until(lambda: figure(service, "leases_lapsed_total") == 1, 15, "the lease lapsed")
+    corner.claim()
+    assert corner.call(job, "heartbeat").code == "claim_lost"
+    [refused] = corner.api.post("/api/v1/jobs/heartbeat", {"jobs": [{"id": job["id"], "claim_id": job["claim_id"]}]}).json["jobs"]
+    assert refused["code"] == "claim_lost"
+    assert figure(service, "problems_total", code="claim_lost") == 2
+
+
+def test_requests_are_counted_by_route_and_not_by_path(start_service: Callable[..., Service]) -> None:
+    service = start_service()
+    for number in range(3):
+        service.api.get(f"/api/v1/jobs/{number}")
+        service.api.get(f"/nowhere/{number}")
+    service.api.request("BREW", "/api/v1/jobs")
+    found = figures(service)
+    routes = {labels["route"] for name, pairs in found if name == "ai_service_http_requests_total" for labels in [dict(pairs)]}
+    assert routes <= {"/api/v1/jobs/{job_id}", "", "/api/v1/jobs", "/metrics"}
+    assert figure(service, "http_requests_total", method="GET", route="/api/v1/jobs/{job_id}", status="404") == 3
+    assert figure(service, "http_requests_total", method="GET", route="", status="404") == 3
+    assert figure(service, "problems_total", code="job_not_found") == 3
+
+
+def test_workers_and_what_they_report_of_their_providers(start_service: Callable[..., Service]) -> None:
+    service = start_service()
+    corner = Corner(service.api)
+    report = {"capacity": 4, "running": 1, "providers": [{"name": "vllm", "status": "ok", "circuit": "open"}]}
+    corner.claim(worker=report)
+    found = figures(service)
+    assert found["ai_service_workers", frozenset()] == 1
+    assert found["ai_service_workers_capacity", frozenset()] == 4
+    assert figure(service, "worker_providers", provider="vllm", status="ok", circuit="open") == 1
+
+
+def test_without_the_database_the_process_still_tells_of_itself() -> None:
+    with closed_port() as nobody, running_service(nobody.replace("http://", "postgresql://nobody@") + "/none", "tests_none") as service:
+        found = figures(service)
+    assert found["ai_service_database_up", frozenset()] == 0
+    assert not [name for name, _ in found if name == "ai_service_jobs"]
+    assert found["process_resident_memory_bytes", frozenset()] > 0
+
+
+def test_label_values_are_bounded() -> None:
+    metrics = Metrics("0")
+    metrics.moved([Move("created", "owner", f"profile-{number}", None, None, 1) for number in range(500)])
+    found = samples(metrics.text(None, waiting=0, in_use=0, connections=0))
+    created = {dict(labels)["model_profile"]: value for (name, labels), value in found.items() if name == "ai_service_jobs_created_total"}
+    assert len(created) == 201
+    assert created[OTHER] == 300
+
+
+def test_a_duration_is_counted_below_the_border_that_it_is_below() -> None:
+    metrics = Metrics("0")
+    # Bucket 0 of the ledger reaches from 1.0 to 1.2 ms, bucket 6 from 2.99 to 3.58 ms.
+    metrics.moved([Move("claimed", "owner", "profile", None, 0, 3), Move("claimed", "owner", "profile", None, 6, 2)])
+    found = samples(metrics.text(None, waiting=0, in_use=0, connections=0))
+    name = "ai_service_job_waiting_seconds_bucket"
+    up_to = [found[name, frozenset({"model_profile": "profile", "le": str(border(number))}.items())] for number in range(3)]
+    assert up_to == [0, 3, 5]
+    assert border(BORDERS - 1) > 4 * 3600
+
+
+def test_promtool_finds_nothing_to_mend(start_service: Callable[..., Service]) -> None:
+    service = start_service()
+    corner = Corner(service.api)
+    worked(corner)
+    wait_until(lambda: figure(service, "jobs_released_total", model_profile=corner.model_profile) == 1, 10, "the ledger was folded")
+    checked = promtool("check", "metrics", given=service.api.get("/metrics").body)
+    # process_cpu_seconds_total and the like are prometheus-client's own.
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+
+
+def test_the_alert_rules_hold_and_name_existing_figures(start_service: Callable[..., Service]) -> None:
+    checked = promtool("check", "rules", str(RULES))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    named = set(re.findall(r"\bai_service_\w+", RULES.read_text()))
+    text = start_service().api.get("/metrics").body.decode()
+    declared = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
+    assert named
+    assert {re.sub("_(bucket|count|sum)$", "", name) for name in named} <= declared
