@@ -1590,8 +1590,9 @@ class Service:
         """The workers as a JSON array, each with what it reported."""
         self.upkeep.settle()
         rows = self.queue.workers()
-        heads = (msgspec.json.encode({"worker_id": worker_id, "seen_at": seen_at}).decode()[:-1] for worker_id, seen_at, _ in rows)
-        tails = ("," + report.strip()[1:].lstrip() if report and report.strip("{} \t\r\n") else "}" for _, _, report in rows)
+        # What is known comes last, and of a name that is there twice the last counts: nobody reports as another.
+        heads = (report.strip()[:-1] + "," if report and report.strip("{} \t\r\n") else "{" for _, _, report in rows)
+        tails = (msgspec.json.encode({"worker_id": worker_id, "seen_at": seen_at}).decode()[1:] for worker_id, seen_at, _ in rows)
         return f"[{','.join(head + tail for head, tail in zip(heads, tails, strict=True))}]"
 
     def metrics_text(self) -> bytes:

@@ -312,6 +312,12 @@ def test_a_worker_is_seen_with_what_it_reported(corner: Corner) -> None:
     assert {name: told[name] for name in REPORT} == REPORT
 
 
+def test_a_worker_cannot_report_as_another(corner: Corner) -> None:
+    corner.claim(worker={**REPORT, "worker_id": "another", "seen_at": 5})
+    [seen] = wait_until(lambda: workers(corner), 10)
+    assert seen["seen_at"].endswith("Z")
+
+
 def test_a_worker_that_reports_nothing_of_itself_is_seen_all_the_same(corner: Corner) -> None:
     corner.claim()
     assert wait_until(lambda: workers(corner), 10)
