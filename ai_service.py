@@ -1640,7 +1640,8 @@ class StrictQueries:
 
     def process_resource(self, request: falcon.Request, _response: falcon.Response, resource: object, _params: Any) -> None:
         """Called by Falcon before each responder."""
-        if request.params and isinstance(resource, Resource) and request.method not in resource.queried:
+        has_method = hasattr(resource, f"on_{request.method.lower()}")  # of another one Falcon tells which there are
+        if request.params and has_method and isinstance(resource, Resource) and request.method not in resource.queried:
             read_query(request.params, Nothing)
 
 

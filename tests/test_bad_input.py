@@ -395,6 +395,7 @@ METHODS = [
     ("GET", "/api/v1/pause", {"POST"}),
     ("POST", "/healthz", {"GET"}),
     ("DELETE", "/readyz", {"GET"}),
+    ("PUT", "/api/v1/stats?window_seconds=3600", {"GET"}),
 ]
 
 
