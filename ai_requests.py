@@ -6,7 +6,6 @@ problems of a body are found at once, each with its JSON pointer.
 Sections: refusals, what a field must be, the requests, reading.
 """
 
-import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ T = TypeVar("T")
 MAX_DEPTH = 500
 MAX_BATCH = 10_000
 MAX_BULK = 1_000
+MAX_LOOKUP = 500
 RETRYABLE = ("failed", "cancelled", "running")
 
 
@@ -169,10 +169,13 @@ OUTCOMES: dict[str, type[Refusal]] = {each.code: each for each in (JobNotFound, 
 
 
 class Check:
-    """What a value must be: `kind` in words, its Python types, and `accept`, which returns a sentence where it refuses one."""
+    """What a value must be: `kind` in words, its Python types, and `accept`, which returns a sentence where it refuses one.
 
-    def __init__(self, kind: str, types: tuple[type, ...], accept: Callable[[Any], str | None]) -> None:
-        self.kind, self.types, self.accept = kind, types, accept
+    `schema` says the same as JSON Schema, for the document of the interface.
+    """
+
+    def __init__(self, kind: str, types: tuple[type, ...], accept: Callable[[Any], str | None], schema: Mapping[str, Any]) -> None:
+        self.kind, self.types, self.accept, self.schema = kind, types, accept, schema
 
     def structure(self, raw: msgspec.Raw) -> Any:
         """The Python value of a JSON text. Raises ValueError with a sentence for the caller."""
@@ -187,31 +190,46 @@ class Check:
         return value
 
 
-def text_of(low: int, high: int) -> Check:
+def text_of(low: int, high: int | None) -> Check:
     """A string of so many characters."""
 
     def accept(value: str) -> str | None:
         if "\x00" in value:
             return "must not contain a NUL character"
-        return None if low <= len(value) <= high else f"must have {low} to {high} characters"
+        return None if low <= len(value) <= (high or len(value)) else f"must have {low} to {high} characters"
 
-    return Check("a string", (str,), accept)
+    limits = {"minLength": low, "maxLength": high}
+    schema = {"type": "string", "pattern": r"^[^\x00]*$", **{name: limit for name, limit in limits.items() if limit}}
+    return Check("a string", (str,), accept, schema)
 
 
 def matching(pattern: str) -> Check:
     """A string that the pattern describes."""
     compiled = re.compile(pattern)
-    return Check("a string", (str,), lambda value: None if compiled.fullmatch(value) else f"must match {pattern}")
+    schema = {"type": "string", "pattern": f"^(?:{pattern})$"}
+    return Check("a string", (str,), lambda value: None if compiled.fullmatch(value) else f"must match {pattern}", schema)
+
+
+def one_of(*texts: str) -> Check:
+    """One of these strings."""
+    return Check(
+        "a string",
+        (str,),
+        lambda value: None if value in texts else f"must be {' or '.join(texts)}",
+        {"type": "string", "enum": list(texts)},
+    )
 
 
 def whole_number(low: int, high: int) -> Check:
     """A JSON number without fraction or exponent, within these."""
-    return Check("a whole number", (int,), lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}")
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    return Check("a whole number", (int,), lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}", schema)
 
 
 def number(low: float, high: float) -> Check:
     """Any JSON number within these."""
-    return Check("a number", (int, float), lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}")
+    schema = {"type": "number", "minimum": low, "maximum": high}
+    return Check("a number", (int, float), lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}", schema)
 
 
 def _accept_time(value: str) -> str | None:
@@ -239,17 +257,33 @@ class SmallObject:
         return _structure_raw(raw, str)
 
 
+class Alternatives:
+    """A filter as a JSON object, where a single value may stand for a list of one. `kind` is all of it, and none may be empty."""
+
+    def __init__(self, kind: type[Any]) -> None:
+        self.kind = kind
+
+    def structure(self, raw: msgspec.Raw) -> Any:
+        """The filter. Raises ValueError, or cattrs' errors."""
+        fields = decoded(dict[str, msgspec.Raw], raw, "an object")
+        listed = {name: _listed(each) if _is_list(self.kind, name) else each for name, each in fields.items()}
+        wanted = _converter.structure(listed, self.kind)
+        if not any(attrs.asdict(wanted).values()):
+            raise ValueError("must not be empty")
+        return wanted
+
+
 Name = Annotated[str, matching(r"[A-Za-z0-9._:/@+-]{1,100}")]
 OwnerRef = Annotated[str, text_of(1, 500)]
 WorkerId = Annotated[str, text_of(1, 200)]
-Message = Annotated[str, Check("a string", (str,), lambda value: "must not contain a NUL character" if "\x00" in value else None)]
+Message = Annotated[str, text_of(0, None)]
 Key = Annotated[str, text_of(1, 500)]
 UUID = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 Uuid = Annotated[str, matching(UUID.pattern)]
 Category = Annotated[str, matching("[a-z][a-z0-9_]{0,63}")]
 Traceparent = Annotated[str, matching("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")]
-Moment = Annotated[str, Check("a string", (str,), _accept_time)]
-Flag = Annotated[bool, Check("true or false", (bool,), lambda _: None)]
+Moment = Annotated[str, Check("a string", (str,), _accept_time, {"type": "string", "format": "date-time"})]
+Flag = Annotated[bool, Check("true or false", (bool,), lambda _: None, {"type": "boolean"})]
 Priority = Annotated[int, whole_number(-10, 10)]
 MaxAttempts = Annotated[int, whole_number(1, 100)]
 ClaimLimit = Annotated[int, whole_number(1, 1000)]
@@ -389,7 +423,7 @@ class Release:
     delay_seconds: Delay | None = None
 
 
-Retryable = Annotated[str, matching("failed|cancelled|running")]
+Retryable = Annotated[str, one_of(*RETRYABLE)]
 
 
 @attrs.frozen
@@ -404,10 +438,10 @@ class Cancellation:
 
 @attrs.frozen
 class JobIds:
-    ids: list[Annotated[str, text_of(0, 100)]]
+    ids: list[Annotated[str, text_of(0, 100)]] = attrs.field(metadata={"maxItems": MAX_LOOKUP})
 
 
-Status = Annotated[str, matching("pending|running|completed|failed|cancelled")]
+Status = Annotated[str, one_of("pending", "running", "completed", "failed", "cancelled")]
 
 
 @attrs.frozen
@@ -439,12 +473,12 @@ class BulkHeartbeat:
 class RetryFilter(JobFilter):
     """Which jobs to retry: the same, but a single value may stand without its list, and running jobs are left alone."""
 
-    status: list[Annotated[str, matching("failed|cancelled")]] | None = None
+    status: list[Annotated[str, one_of("failed", "cancelled")]] | None = None
 
 
 @attrs.frozen
 class BulkRetry:
-    filter: RawJson
+    filter: Annotated[RetryFilter, Alternatives(RetryFilter)]
     limit: Annotated[int, whole_number(1, MAX_BULK)] | None = None
 
 
@@ -462,19 +496,25 @@ class Nothing:
 
 @attrs.frozen
 class JobQuery:
-    include: Annotated[str, matching("input")] | None = None
+    include: Annotated[str, one_of("input")] | None = None
     wait_seconds: Wait | None = None
+
+
+WINDOWS = (3600, 86_400, 604_800)
+Window = Annotated[
+    int,
+    Check(
+        "a whole number",
+        (int,),
+        lambda value: None if value in WINDOWS else "must be 3600, 86400 or 604800",
+        {"type": "integer", "enum": list(WINDOWS)},
+    ),
+]
 
 
 @attrs.frozen
 class StatsQuery:
-    window_seconds: (
-        Annotated[
-            int,
-            Check("a whole number", (int,), lambda value: None if value in (3600, 86_400, 604_800) else "must be 3600, 86400 or 604800"),
-        ]
-        | None
-    ) = None
+    window_seconds: Window | None = None
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -502,7 +542,7 @@ def _depth(text: bytes) -> int:
 
 
 def _structure_leaf(annotated: Any) -> Callable[[msgspec.Raw, Any], Any]:
-    check: Check | SmallObject = get_args(annotated)[1]
+    check: Check | SmallObject | Alternatives = get_args(annotated)[1]
     return lambda raw, _: check.structure(raw)
 
 
@@ -674,14 +714,6 @@ def count_usage(usage: str | None) -> Usage:
     if usage is None:
         return _NO_USAGE
     return _converter.structure(msgspec.json.decode(usage, type=dict[str, msgspec.Raw]), Usage)
-
-
-def alternatives(text: str) -> Any:
-    """The members of a filter's JSON object, where a single value may stand for a list of one."""
-    with contextlib.suppress(ValueError):
-        fields = decoded(dict[str, msgspec.Raw], text.encode(), "an object")
-        return {name: _listed(raw) if _is_list(RetryFilter, name) else raw for name, raw in fields.items()}
-    return msgspec.Raw(text.encode())
 
 
 def _listed(raw: msgspec.Raw) -> msgspec.Raw:

@@ -43,6 +43,7 @@ from ai_log import log_to_stderr, printable
 from ai_metrics import CONTENT_TYPE, Metrics, Move, Snapshot
 from ai_requests import (
     MAX_BULK,
+    MAX_LOOKUP,
     OUTCOMES,
     RETRYABLE,
     UUID,
@@ -79,7 +80,6 @@ from ai_requests import (
     Refusal,
     Release,
     Retry,
-    RetryFilter,
     SchemaMissing,
     SchemaOutdated,
     ServiceFull,
@@ -89,7 +89,6 @@ from ai_requests import (
     Unauthorized,
     UnsupportedMediaType,
     ValidationFailed,
-    alternatives,
     count_usage,
     decoded,
     problems_of,
@@ -1331,8 +1330,8 @@ class JobLookup(Resource):
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         ids = read_body(self.body(request), JobIds).ids
-        if len(ids) > 500:
-            raise ValidationFailed(errors=[{"path": "/ids", "message": "must have at most 500 items"}])
+        if len(ids) > MAX_LOOKUP:
+            raise ValidationFailed(errors=[{"path": "/ids", "message": f"must have at most {MAX_LOOKUP} items"}])
         jobs = self.queue.get_many([job_id if UUID.fullmatch(job_id) else None for job_id in ids])
         owns = token_of(request).owns
         rendered = (job.render(with_result=False) if job and owns(job.owner_service) else b"null" for job in jobs)
@@ -1442,10 +1441,7 @@ class BulkJobRetry(Resource):
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         body = read_body(self.body(request), BulkRetry)
-        wanted = structure(alternatives(body.filter), RetryFilter, "/filter")
-        if not any(attrs.asdict(wanted).values()):
-            raise ValidationFailed(errors=[{"path": "/filter", "message": "must not be empty"}])
-        statuses = wanted.status or ["failed", "cancelled"]
+        wanted, statuses = body.filter, body.filter.status or ["failed", "cancelled"]
         limit = body.limit or MAX_BULK
         ids = self.queue.list_ids(token_of(request).cut(attrs.evolve(wanted, status=statuses)), limit + 1)
         retried = self.queue.retry(ids[:limit], statuses).count("ok") if ids else 0
