@@ -184,7 +184,7 @@ def _problem(name: str, role: str, limits: Sequence[str] | None, secret: str) ->
 
 # ── Roles and routes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Nobody is asked for a token: balancers have none.
+# Nobody is asked for a token: balancers have none, and a browser has it from the page.
 PUBLIC: tuple[Role, ...] = ()
 _CALLERS: tuple[Role, ...] = (CALLER, OPERATOR)
 _WORKERS: tuple[Role, ...] = (WORKER, OPERATOR)
@@ -211,6 +211,8 @@ ROUTES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("POST", "/api/v1/pause"): _OPERATORS,
     ("POST", "/api/v1/resume"): _OPERATORS,
     **{(method, path): PUBLIC for method in ("GET", "HEAD", "OPTIONS") for path in ("/healthz", "/readyz")},
+    # What they hold is the same for everybody, and no secret.
+    **{("GET", path): PUBLIC for path in ("/openapi.json", "/docs")},
 }
 # Calls that change nothing although they are a POST.
 _READS = {("POST", f"{_JOBS}/get")}

@@ -8,13 +8,15 @@
                  └── retry ◄── failed | cancelled | running          cancel: pending | running ──► cancelled
 
 Sections, in this order: configuration, queue, waiting room, upkeep, providers' status, HTTP resources, the application, the server,
-the command line. Beside it: `ai_requests.py` has the requests and refusals, `ai_access.py` who may send them, `ai_database.py` the
-connections, `schema.sql` the queue's functions.
+the command line. Beside it: `ai_requests.py` has the requests and refusals, `ai_openapi.py` what is told of them, `ai_access.py` who
+may send them, `ai_metrics.py` what is counted, `ai_database.py` the connections, `schema.sql` the queue's functions.
 """
 
 import argparse
+import base64
 import ctypes
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -41,6 +43,7 @@ from ai_database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, 
 from ai_database_url import DatabaseAddress, read_database_url
 from ai_log import log_to_stderr, printable
 from ai_metrics import CONTENT_TYPE, Metrics, Move, Snapshot
+from ai_openapi import document
 from ai_requests import (
     MAX_BULK,
     MAX_LOOKUP,
@@ -1524,6 +1527,40 @@ class Readiness(Resource):
     on_head = on_options = on_get
 
 
+class Interface(Resource):
+    """GET describes the interface, for programs."""
+
+    def __init__(self, service: "Service") -> None:
+        super().__init__(service)
+        self.text = msgspec.json.encode(document(__version__, STATUS_OF))
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        send(response, self.text)
+
+
+class InterfacePage(Resource):
+    """GET shows the same to people. The page may run its own script and ask this service, nothing else."""
+
+    def __init__(self, service: "Service") -> None:
+        super().__init__(service)
+        self.html = Path(__file__).with_name("ai_docs.html").read_bytes()
+        style, script = (self._hash(tag) for tag in (b"style", b"script"))
+        self.policy = (
+            f"default-src 'none'; connect-src 'self'; style-src {style}; script-src {script}; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+    def _hash(self, tag: bytes) -> str:
+        text = self.html.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        send(response, self.html)
+        response.content_type = "text/html; charset=utf-8"
+        response.set_header("Content-Security-Policy", self.policy)
+        response.set_header("X-Content-Type-Options", "nosniff")
+
+
 # ── The application ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1678,6 +1715,8 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route(HEALTH, Health(service))
     app.add_route("/readyz", Readiness(service))
     app.add_route("/metrics", MetricsText(service))
+    app.add_route("/openapi.json", Interface(service))
+    app.add_route("/docs", InterfacePage(service))
     if service.settings.tokens:
         app.add_sink(door.refuse_unknown, API)
     return app

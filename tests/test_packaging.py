@@ -61,7 +61,7 @@ def run(command: list[str], cwd: Path) -> str:
 def test_wheel_holds_every_module_of_the_project_and_no_tests(wheel: Path) -> None:
     names = {Path(name).parts[0] for name in zipfile.ZipFile(wheel).namelist()}
     modules = {path.name for path in ROOT.glob("*.py")}
-    assert names == {*modules, "providers", "schema.sql", "demo_jobs.jsonl", f"ai_service-{PROJECT['version']}.dist-info"}
+    assert names == {*modules, "providers", "schema.sql", "demo_jobs.jsonl", "ai_docs.html", f"ai_service-{PROJECT['version']}.dist-info"}
 
 
 def test_installed_command_says_its_version(installed: Path, tmp_path: Path) -> None:
