@@ -12,6 +12,7 @@
 #   make pgbouncer   the contract's tests through PgBouncer in transaction pooling (needs pgbouncer)
 #   make failover    20 times under load the primary is killed and its standby promoted; how long that took
 #   make trouble     no connections, a full disk, strangers' locks, wrong clocks (needs root for the disk, and faketime)
+#   make fuzz-api   schemathesis against a service with the document at /openapi.json: minutes
 #   make bench    how fast the service is over HTTP and how flat as it grows, beside other queues and the database by itself (needs npm)
 #   make bench-full   the same with the numbers of jobs that the targets name: an hour
 #
@@ -23,7 +24,7 @@ DATA   ?= .data
 TESTS  ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check fuzz lock chaos pgbouncer failover trouble model rolling bench bench-full clean
+.PHONY: help demo run test lint format types check fuzz lock chaos fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,6 +82,9 @@ failover: $(VENV)/.ready
 
 trouble: $(VENV)/.ready
 	TROUBLE_ALL=1 $(VENV)/bin/python -m pytest $(TESTS) tests/test_trouble.py
+
+fuzz-api: $(VENV)/.ready
+	FUZZ_EXAMPLES=100 $(VENV)/bin/python -m pytest -s tests/test_openapi.py -k schemathesis
 
 # Procrastinate first, beside the workers it is compared with: its rate doubles while anything else keeps the machine awake.
 PEERS = procrastinate,graphile,pgbench,pgqueuer,pgboss,awa

@@ -1,11 +1,18 @@
-"""The document at /openapi.json says what the service does: its routes, the fields it reads, the answers it gives, and nothing else."""
+"""The document at /openapi.json says what the service does: its routes, the fields it reads, the answers it gives, and nothing else.
+
+`FUZZ_EXAMPLES=300` has schemathesis try longer and in more ways: `make fuzz-api`.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import attrs
@@ -22,6 +29,7 @@ from ai_requests import Check, Refusal
 from ai_service import STATUS_OF, Settings, create_app
 from ai_service import Service as Application
 
+HERE = Path(__file__).parent
 UNKNOWN = "01890a5d-ac96-774b-bcce-b302099a8057"
 BULK = [(method, path) for method, path in OPERATIONS if re.fullmatch("/api/v1/jobs/(complete|fail|heartbeat|release)", path)]
 
@@ -349,3 +357,21 @@ def test_an_unready_service_answers_as_documented(document: dict[str, Any], star
     away = start_service(DATABASE_URL="postgresql://user@127.0.0.1:1/none")
     told = Told(away.api, document)
     assert [told(method, path).status for method, path in (("GET", "/readyz"), ("GET", f"{JOBS}"), ("GET", "/healthz"))] == [503, 503, 200]
+
+
+# ── Strangers' requests
+
+
+def test_schemathesis_finds_nothing(start_service: Callable[..., Service], tmp_path: Path) -> None:
+    service = start_service()
+    examples = os.environ.get("FUZZ_EXAMPLES")
+    phases = "examples,coverage,fuzzing,stateful" if examples else "examples,fuzzing"
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(HERE / "schemathesis.toml"), "run"]
+    options = ["--phases", phases, "--max-examples", examples or "3", "--no-color"]
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(HERE)}
+    address = f"http://127.0.0.1:{service.api.port}/openapi.json"
+    done = subprocess.run([*command, address, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # All but the one that gave it the document.
+    assert re.search(rf"Tested: +{len(OPERATIONS) - 1}\b", done.stdout), done.stdout
