@@ -212,7 +212,7 @@ ROUTES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("POST", "/api/v1/resume"): _OPERATORS,
     **{(method, path): PUBLIC for method in ("GET", "HEAD", "OPTIONS") for path in ("/healthz", "/readyz")},
     # What they hold is the same for everybody, and no secret.
-    **{("GET", path): PUBLIC for path in ("/openapi.json", "/docs")},
+    **{("GET", path): PUBLIC for path in ("/openapi.json", "/docs", "/")},
 }
 # Calls that change nothing although they are a POST.
 _READS = {("POST", f"{_JOBS}/get")}

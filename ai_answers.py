@@ -357,6 +357,7 @@ class Readiness:
     status: Annotated[str, one_of("ready")]
     version: Message
     schema_version: Total
+    access: Annotated[str, one_of("open", "tokens")]
 
 
 @attrs.frozen
@@ -479,6 +480,7 @@ WORDS: Mapping[str, str] = {
     "ProviderReport.status": "How it is doing.",
     "Health.status": "Always ok.",
     "Readiness.status": "Always ready.",
+    "Readiness.access": "Whether tokens are asked for, or the service is open to all who reach it.",
     "task_type": "The technical class of task.",
     "task_types": "Task types; any where absent.",
     "title": "The same sentence for all refusals of this code.",
@@ -640,7 +642,7 @@ EXAMPLES: Mapping[str, Any] = {
         "workers": [_WORKER],
     },
     "Health": {"status": "ok", "version": "0.1.0"},
-    "Readiness": {"status": "ready", "version": "0.1.0", "schema_version": 3},
+    "Readiness": {"status": "ready", "version": "0.1.0", "schema_version": 4, "access": "tokens"},
     "Problem": {
         "type": "urn:ai-service:problem:validation_failed",
         "title": "The request has invalid fields.",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import attrs
 
+from ai_access import ROUTES
 from ai_answers import (
     EXAMPLES,
     NEW_JOB,
@@ -242,6 +243,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     **_probe("/healthz", "health", "Whether the process lives; it asks nobody", Health),
     **_probe("/readyz", "readiness", "Whether requests can be served", Readiness),
+    ("GET", "/metrics"): Operation(name="metrics", group=OPERATOR, summary="Figures for Prometheus", answers={200: "text/plain"}),
+    ("GET", "/"): Operation(name="page", group=DOCUMENTS, summary="The operator's page", answers={200: "text/html"}),
     ("GET", "/openapi.json"): Operation(name="openapi", group=DOCUMENTS, summary="This document", answers={200: "application/json"}),
     ("GET", "/docs"): Operation(name="docs", group=DOCUMENTS, summary="A page to read it", answers={200: "text/html"}),
 }
@@ -468,7 +471,7 @@ class _Document:
 
 def _is_guarded(path: str) -> bool:
     """Whether a token is asked for, where there are any."""
-    return path.startswith("/api/")
+    return any(roles for (_, at), roles in ROUTES.items() if at == path)
 
 
 def _may_refuse(path: str, operation: Operation, refusal: type[Refusal], status: int) -> bool:
@@ -476,7 +479,7 @@ def _may_refuse(path: str, operation: Operation, refusal: type[Refusal], status:
     if status in (401, 403):
         return _is_guarded(path)
     if status == 503:
-        return refusal is ServiceFull or _is_guarded(path) or path == "/readyz"
+        return refusal is ServiceFull or path.startswith("/api/") or path == "/readyz"
     if refusal in (MalformedJson, BodyTooLarge, UnsupportedMediaType, TooDeep):
         return operation.body is not None
     return refusal in (MalformedRequest, ValidationFailed) or (refusal is JobNotFound and "{job_id}" in path)

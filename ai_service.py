@@ -9,7 +9,8 @@
 
 Sections, in this order: configuration, queue, waiting room, upkeep, providers' status, HTTP resources, the application, the server,
 the command line. Beside it: `ai_requests.py` has the requests and refusals, `ai_openapi.py` what is told of them, `ai_access.py` who
-may send them, `ai_metrics.py` what is counted, `ai_database.py` the connections, `schema.sql` the queue's functions.
+may send them, `ai_metrics.py` what is counted, `ai_database.py` the connections, `schema.sql` the queue's functions,
+`ai_page.html` and `ai_docs.html` what people look at.
 """
 
 import argparse
@@ -1538,27 +1539,31 @@ class Interface(Resource):
         send(response, self.text)
 
 
-class InterfacePage(Resource):
-    """GET shows the same to people. The page may run its own script and ask this service, nothing else."""
+class Page(Resource):
+    """GET shows a page. It holds nothing: what it shows it asks of this service, with the token of who looks at it."""
 
-    def __init__(self, service: "Service") -> None:
+    def __init__(self, service: "Service", name: str) -> None:
         super().__init__(service)
-        self.html = Path(__file__).with_name("ai_docs.html").read_bytes()
-        style, script = (self._hash(tag) for tag in (b"style", b"script"))
-        self.policy = (
-            f"default-src 'none'; connect-src 'self'; style-src {style}; script-src {script}; img-src data:; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-
-    def _hash(self, tag: bytes) -> str:
-        text = self.html.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+        self.html = Path(__file__).with_name(name).read_bytes()
+        self.policy = content_policy(self.html)
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
-        send(response, self.html)
-        response.content_type = "text/html; charset=utf-8"
+        response.content_type = falcon.MEDIA_HTML
+        response.data = self.html
         response.set_header("Content-Security-Policy", self.policy)
-        response.set_header("X-Content-Type-Options", "nosniff")
+
+
+def content_policy(html: bytes) -> str:
+    """The policy under which a browser runs the style and the script of this page and nothing else, and asks only this service."""
+    hashes = {
+        name: base64.b64encode(hashlib.sha256(re.findall(rb"<%b>(.*?)</%b>" % (name, name), html, re.DOTALL)[0]).digest()).decode()
+        for name in (b"style", b"script")
+    }
+    return (
+        f"default-src 'none'; connect-src 'self'; img-src 'self' data:; style-src 'sha256-{hashes[b'style']}'; "
+        f"script-src 'sha256-{hashes[b'script']}'; require-trusted-types-for 'script'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 # ── The application ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1716,7 +1721,8 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route("/readyz", Readiness(service))
     app.add_route("/metrics", MetricsText(service))
     app.add_route("/openapi.json", Interface(service))
-    app.add_route("/docs", InterfacePage(service))
+    app.add_route("/docs", Page(service, "ai_docs.html"))
+    app.add_route("/", Page(service, "ai_page.html"))
     if service.settings.tokens:
         app.add_sink(door.refuse_unknown, API)
     return app

@@ -56,6 +56,9 @@ GET    /api/v1/stats                     401    401   200 nil   403    403      
 GET    /api/v1/workers                   401    401   403 403   403    403       200
 GET    /api/v1/providers/status          401    401   403 403   403    403       200
 GET    /metrics                          401    401   403 403   403    403       200
+GET    /openapi.json                     200    200   200 200   200    200       200
+GET    /docs                             200    200   200 200   200    200       200
+GET    /                                 200    200   200 200   200    200       200
 POST   /api/v1/pause                     401    401   403 403   403    403       200
 POST   /api/v1/resume                    401    401   403 403   403    403       200
 """
@@ -292,7 +295,7 @@ def test_every_answer_carries_the_security_headers(by: Mapping[str, Api], desk: 
     answers = [
         erased,
         by["nobody"].get("/healthz"),
-        by["nobody"].get("/"),
+        by["nobody"].get("/nowhere"),
         by["nobody"].get("/api/v1/stats"),
         by["own"].get("/api/v1/stats"),
     ]

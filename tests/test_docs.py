@@ -58,7 +58,8 @@ def test_the_page_may_run_its_own_script_and_ask_the_service_and_nothing_else(ap
     assert {name: value for name, value in policy.items() if not value.startswith("'sha256-")} == {
         "default-src": "'none'",
         "connect-src": "'self'",
-        "img-src": "data:",
+        "img-src": "'self' data:",
+        "require-trusted-types-for": "'script'",
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",

@@ -61,7 +61,15 @@ def run(command: list[str], cwd: Path) -> str:
 def test_wheel_holds_every_module_of_the_project_and_no_tests(wheel: Path) -> None:
     names = {Path(name).parts[0] for name in zipfile.ZipFile(wheel).namelist()}
     modules = {path.name for path in ROOT.glob("*.py")}
-    assert names == {*modules, "providers", "schema.sql", "demo_jobs.jsonl", "ai_docs.html", f"ai_service-{PROJECT['version']}.dist-info"}
+    assert names == {
+        *modules,
+        "providers",
+        "schema.sql",
+        "demo_jobs.jsonl",
+        "ai_docs.html",
+        "ai_page.html",
+        f"ai_service-{PROJECT['version']}.dist-info",
+    }
 
 
 def test_installed_command_says_its_version(installed: Path, tmp_path: Path) -> None:
@@ -71,12 +79,12 @@ def test_installed_command_says_its_version(installed: Path, tmp_path: Path) -> 
 def test_installed_modules_find_their_files(installed: Path, tmp_path: Path) -> None:
     program = (
         "import ai_service, ai_demo, json, pathlib; folder = pathlib.Path(ai_service.__file__).parent;"
-        "print(json.dumps([str(folder), (folder / 'schema.sql').is_file(), ai_demo.JOBS.is_file()]))"
+        "print(json.dumps([str(folder), (folder / 'schema.sql').is_file(), ai_demo.JOBS.is_file(),"
+        " *((folder / name).is_file() for name in ('ai_page.html', 'ai_docs.html'))]))"
     )
-    folder, schema, jobs = json.loads(run([str(installed / "python"), "-c", program], tmp_path))
+    folder, *found = json.loads(run([str(installed / "python"), "-c", program], tmp_path))
     assert Path(folder).is_relative_to(installed.parent)
-    assert schema
-    assert jobs
+    assert found == [True] * 4
 
 
 def test_installed_providers_are_found_and_load(installed: Path, tmp_path: Path) -> None:
