@@ -3,6 +3,7 @@
 #   make demo     everything once, on sample jobs: embedded PostgreSQL, service, worker; a table of results
 #   make run      the same, kept running on http://127.0.0.1:8080; the data stays in DATA
 #   make test     the tests
+#   make long     the tests that take many seconds each: kills, restarts, releases side by side, every case of the benchmark
 #   make check    lint, types and tests: what CI runs
 #   make lock     pins the packages of the image anew, by version and hash
 #   make fuzz     many random settings, model answers and requests: FUZZ_EXAMPLES=2000 of each kind, twelve times as many requests
@@ -21,10 +22,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DATA   ?= .data
-TESTS  ?= -n 2
+TESTS  ?= -n 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format types check fuzz lock chaos fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
+.PHONY: help demo run test long lint format types check fuzz lock chaos fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,7 +37,10 @@ run: $(VENV)/.ready
 	@exec $(VENV)/bin/python -m ai_demo run $(DATA)
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest $(TESTS) -m "not long"
+
+long: $(VENV)/.ready
+	BENCH_ALL=1 $(VENV)/bin/python -m pytest $(TESTS) -m long
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

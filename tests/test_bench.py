@@ -23,11 +23,13 @@ def run(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.long
 def test_the_benchmark_runs_and_judges_its_figures(tmp_path: Path) -> None:
     rows = run(tmp_path, "--cases", "lives,creates,drain,fairness")
     assert {"POST /jobs against /healthz (median of 3)", "16 workers against 4"} <= {row["name"] for row in rows if "target" in row}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.environ.get("BENCH_ALL"), reason="BENCH_ALL is not set: these take two minutes, in .ci/run too")
 @pytest.mark.parametrize("cases", ["pickup,crowd", "snapshot,scheduled", "payloads", "backlog", "retention"])
 def test_the_longer_cases_run_too(tmp_path: Path, cases: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from postgres import connect, fresh_schema
 from service import Service
 
@@ -87,6 +88,7 @@ def assert_each_was_done_once(ids: list[str], shared: Path, postgres_url: str, s
     connection.close()
 
 
+@pytest.mark.long
 def test_eight_processes_claim_every_job_once_through_two_services(postgres_url: str, tmp_path: Path) -> None:
     with fresh_schema(postgres_url) as schema, two_services(postgres_url, schema) as services:
         ids = submit(f"http://127.0.0.1:{services[0].api.port}", JOBS)
@@ -97,6 +99,7 @@ def test_eight_processes_claim_every_job_once_through_two_services(postgres_url:
         assert_each_was_done_once(ids, tmp_path, postgres_url, schema)
 
 
+@pytest.mark.long
 def test_service_processes_killed_again_and_again_lose_and_repeat_nothing(postgres_url: str, tmp_path: Path) -> None:
     with fresh_schema(postgres_url) as schema, two_services(postgres_url, schema) as services:
         ids = submit(f"http://127.0.0.1:{services[0].api.port}", JOBS)

@@ -131,6 +131,7 @@ def test_demo_brings_every_job_to_its_end_and_says_that_no_model_ran(environ: di
     assert list(Path(environ["TMPDIR"]).iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_demo_leaves_nothing_behind(environ: dict[str, str], how: signal.Signals) -> None:
     with started(["-m", "ai_service", "demo"], environ) as process:
@@ -165,6 +166,7 @@ def test_demo_whose_service_cannot_start_says_why(environ: dict[str, str]) -> No
     assert list(Path(environ["TMPDIR"]).iterdir()) == []
 
 
+@pytest.mark.long
 def test_run_killed_altogether_comes_back_with_nothing_lost(environ: dict[str, str], tmp_path: Path) -> None:
     environ |= {"HTTP_PORT": str(free_port())}
     command = ["-m", "ai_demo", "run", str(tmp_path / "data")]
@@ -185,6 +187,7 @@ def test_run_killed_altogether_comes_back_with_nothing_lost(environ: dict[str, s
             assert process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_run_starts_again_what_dies(environ: dict[str, str], tmp_path: Path) -> None:
     environ |= {"HTTP_PORT": str(free_port())}
     with (

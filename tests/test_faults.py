@@ -388,6 +388,7 @@ def test_more_waiting_claims_than_there_is_room_for_are_all_answered(start_servi
     assert all(b"Retry-After: 1" in answer for answer in answers if b" 503 " in answer)
 
 
+@pytest.mark.long
 def test_big_payloads_leave_no_memory_behind(start_service: Callable[..., Service]) -> None:
     service = start_service()
     corner = Corner(service.api)

@@ -469,6 +469,7 @@ class Machine(RuleBasedStateMachine):
         self.upkeep()
 
 
+@pytest.mark.long
 def test_the_service_does_what_the_model_of_the_contract_does(world: World) -> None:
     def machine() -> Machine:
         return Machine(world)

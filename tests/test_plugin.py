@@ -226,6 +226,7 @@ def test_the_examples_readme_has_its_settings(example: Desk) -> None:
     assert [[name, default.strip("` ") or None, about] for name, default, about in told] == declared
 
 
+@pytest.mark.long
 def test_the_examples_own_tests_pass_where_it_is_installed(example: Desk) -> None:
     options = ("-q", "-p", "no:cacheprovider", "-W", "error")
     output = example.output(example.python, "-m", "pytest", *options, cwd=example.folder / "example")

@@ -105,6 +105,7 @@ def site(postgres_url: str) -> Iterator[Site]:
         yield made
 
 
+@pytest.mark.long
 def test_clients_notice_no_restart_behind_a_balancer(site: Site) -> None:
     api = Api(site.port)
     with Load([api]) as load:

@@ -97,6 +97,7 @@ def assert_goes_on(load: Load) -> None:
     assert load.failures == []
 
 
+@pytest.mark.long
 def test_up_down_and_up_again_under_load_loses_nothing(releases: Releases) -> None:
     old = releases.start_old()
     assert releases.version() == SCHEMA_VERSION - 1
@@ -178,6 +179,7 @@ def counted(corner: Corner) -> bool:
     return any(group["owner_service"] == corner.owner_service and group["completed"] == 2 and group["running"] == 4 for group in groups)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("story", [crossed, crossed_in_bulk])
 def test_each_release_goes_on_with_what_the_other_did(releases: Releases, story: Callable[[Corner, Corner], None]) -> None:
     # On a schema that this release made.
