@@ -184,7 +184,7 @@ def _problem(name: str, role: str, limits: Sequence[str] | None, secret: str) ->
 
 # ── Roles and routes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Nobody is asked for a token: balancers have none, and a browser has it from the page.
+# Nobody is asked for a token: balancers have none.
 PUBLIC: tuple[Role, ...] = ()
 _CALLERS: tuple[Role, ...] = (CALLER, OPERATOR)
 _WORKERS: tuple[Role, ...] = (WORKER, OPERATOR)

@@ -39,6 +39,7 @@ from ai_requests import (
     LENIENT,
     MAX_BATCH,
     MAX_BULK,
+    MAX_LIST,
     Alternatives,
     BodyTooLarge,
     BulkRetry,
@@ -270,7 +271,7 @@ class Schemas:
         if get_origin(kind) is Annotated:
             return self._checked(get_args(kind)[1])
         if get_origin(kind) is list:
-            return {"type": "array", "items": self.of(get_args(kind)[0])}
+            return {"type": "array", "items": self.of(get_args(kind)[0]), "maxItems": MAX_LIST}
         if type(None) in get_args(kind):
             return _nullable(self.of(next(part for part in get_args(kind) if part is not type(None))))
         return {}  # any JSON

@@ -27,6 +27,8 @@ T = TypeVar("T")
 MAX_DEPTH = 500
 MAX_BATCH = 10_000
 MAX_BULK = 1_000
+# Names in a filter, statuses, ids.
+MAX_LIST = 1_000
 MAX_LOOKUP = 500
 RETRYABLE = ("failed", "cancelled", "running")
 
@@ -559,7 +561,10 @@ def _structure_list(kind: Any) -> Callable[[msgspec.Raw, Any], list[Any]]:
     def read(raw: msgspec.Raw, _: Any) -> list[Any]:
         items: list[Any] = []
         errors: list[Exception] = []
-        for position, item in enumerate(decoded(list[msgspec.Raw], raw, "a list")):
+        parts = decoded(list[msgspec.Raw], raw, "a list")
+        if len(parts) > MAX_LIST:
+            raise ValueError(f"must have at most {MAX_LIST:,} items")
+        for position, item in enumerate(parts):
             try:
                 items.append(structure(item, part))
             except Exception as error:  # noqa: BLE001  collected: all problems of a body are reported at once

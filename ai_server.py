@@ -379,10 +379,10 @@ class _Waker:
         return getattr(self.server, name)
 
     def add_task(self, channel: Channel) -> None:
-        """Queues the next request of a channel. What is refused, and what `apart` names, waits for no other."""
+        """Queues the next request of a channel. What is refused, and what `apart` names, waits for no other kind."""
         request, channel.queued_at = channel.requests[0], time.monotonic()
-        is_apart = request.error or request.path in self.server.apart_paths
-        (self.server.apart if is_apart else self.server.task_dispatcher).add_task(channel)
+        threads = self.server.refusing if request.error else self.server.apart.get(request.path, self.server.task_dispatcher)
+        threads.add_task(channel)
 
     def pull_trigger(self) -> None:
         """Called by the thread that answers."""
@@ -443,7 +443,7 @@ class Loop:
         # waitress marks those that were silent for two minutes.
         self.changed.extend(channel for channel in channels if channel.will_close)
         for channel in self._taken_back(now - QUEUE_SECONDS):
-            self._server.apart.add_task(channel)
+            self._server.refusing.add_task(channel)
 
     def _taken_back(self, queued_before: float) -> list[Channel]:
         """Channels that no thread has come to, out of the queue."""
@@ -517,7 +517,7 @@ class Server:
 
     `problem` makes the body for an HTTP status that waitress answers itself. `max_body_bytes` holds for chunked bodies too,
     `max_bodies_bytes` for all large ones in hand together, answers too. Who moves less than 16 KB a second of a request or an answer for
-    `stall_seconds` is let go. Requests for the paths in `apart` have threads of their own: they must not wait for anything.
+    `stall_seconds` is let go. Each path in `apart` has two threads of its own, so that its requests wait for no others.
     `drain` is called once, when the end begins; the listener closes `drain_seconds` later. With `one_core` its threads, and those started
     later, stay together on a core.
     """
@@ -562,10 +562,16 @@ class Server:
         self._waitress.adj.body_limit_bytes = max_body_bytes
         self._waitress.adj.room = Room(max(max_bodies_bytes, max_body_bytes))
         self._waitress.adj.stall_seconds = stall_seconds
-        self._waitress.apart, self._waitress.apart_paths = waitress.task.ThreadedTaskDispatcher(), apart
-        self._waitress.apart.set_thread_count(2)
+        self._waitress.refusing = self._threads(2)
+        self._waitress.apart = {path: self._threads(2) for path in apart}
         self._waitress.problem = problem
         self._waitress.draining = False
+
+    @staticmethod
+    def _threads(count: int) -> Any:
+        dispatcher = waitress.task.ThreadedTaskDispatcher()
+        dispatcher.set_thread_count(count)
+        return dispatcher
 
     def end(self, *_signal: object) -> None:
         """Told once, the server drains; told again, it closes now. A signal handler: it may interrupt anything, so it only leaves word."""
@@ -589,7 +595,8 @@ class Server:
         while self._is_busy() and time.monotonic() < deadline:
             self._loop.turn(0.1)
         self._waitress.task_dispatcher.shutdown()
-        self._waitress.apart.shutdown()
+        for threads in (self._waitress.refusing, *self._waitress.apart.values()):
+            threads.shutdown()
 
     def _heed(self) -> None:
         if self._times_told > 1:

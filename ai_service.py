@@ -214,6 +214,8 @@ class Settings:
 # ── Queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 FULL_PROBE_SECONDS = 5.0
+# How long a list waits for its turn: at most half of the connections make lists.
+LIST_SECONDS = 5.0
 FLOOR_LAG_SECONDS = 1.0
 
 
@@ -388,6 +390,7 @@ class Queue:
         self.database, self._moved = database, moved
         self._floors = Floors()
         self._served: list[str] = []
+        self._listing = threading.BoundedSemaphore(max(1, database.connections // 2))
 
     def create(self, jobs: Sequence[NewJob]) -> list[Created]:
         """Creates jobs, all or none; a job whose idempotency_key exists is the one that exists."""
@@ -564,7 +567,13 @@ class Queue:
         values |= {"before": before} if before else {}
         conditions = " and ".join(["true", *(_CONDITIONS[name] for name in values)])
         statement = f"-- queue.list\nselect j.id::text from job j where {conditions} order by j.id desc limit :at_most::int"
-        rows = self.database.run(statement, at_most=limit, **values)
+        # A filter that fits hardly any job looks at all of them: such lists leave connections to everything else.
+        if not self._listing.acquire(timeout=LIST_SECONDS):
+            raise DatabaseBusy("too many lists are being made")
+        try:
+            rows = self.database.run(statement, at_most=limit, **values)
+        finally:
+            self._listing.release()
         return [row[0] for row in rows]
 
     def pause(self, owners: Sequence[str] | None, types: Sequence[str] | None, profiles: Sequence[str] | None) -> str:
@@ -1272,7 +1281,7 @@ class Resource:
         return body
 
     def own_id(self, request: falcon.Request, job_id: str) -> str:
-        """The id of a job that exists for who calls, to change it: its owner stays the same. Raises JobNotFound."""
+        """The id of a job that exists for who calls: its owner stays the same. Raises JobNotFound."""
         job_id, token = known_id(job_id), token_of(request)
         if token.owner_services is not None:
             token.assert_owns(self.queue.owner_of(job_id))
@@ -1349,9 +1358,8 @@ class Job(Resource):
 
     def on_get(self, request: falcon.Request, response: falcon.Response, job_id: str) -> None:
         query = read_query(request.params, JobQuery)
-        job_id = known_id(job_id)
+        job_id = self.own_id(request, job_id)
         job = self.queue.get(job_id, with_input=query.include == "input")
-        token_of(request).assert_owns(job.owner_service)
         if query.wait_seconds and not job.is_finished:
             self.room.wait_for(job_id, query.wait_seconds)
             job = self.queue.get(job_id, with_input=query.include == "input")
@@ -1377,7 +1385,8 @@ class JobVerb(Resource):
         body = read_body(self.body(request), self.kind)
         job_id = self.own_id(request, job_id)
         done = self.act(job_id, body)
-        self.service.moved([job_id], requeued=self.kind in REQUEUING)
+        if self.kind is not Heartbeat:
+            self.service.moved([job_id], requeued=self.kind in REQUEUING)
         log.debug("job_called path=%r", request.path)
         send(response, done if isinstance(done, str) else done.render())
 
@@ -1398,7 +1407,9 @@ class JobsVerb(Resource):
         outcomes = self.act([job_id for _, job_id, _ in wanted], [body for _, _, body in wanted]) if wanted else []
         for (position, _, _), outcome in zip(wanted, outcomes, strict=True):
             answers[position] |= self._rendered(outcome, report)
-        self.service.moved([job_id for _, job_id, _ in wanted], requeued=self.kind in REQUEUING)
+        moved = [job_id for (_, job_id, _), outcome in zip(wanted, outcomes, strict=True) if outcome == "ok"]
+        if moved:
+            self.service.moved(moved, requeued=self.kind in REQUEUING)
         log.debug("jobs_called path=%r count=%d", request.path, len(wanted))
         send(response, msgspec.json.encode({"jobs": answers}).decode())
 
@@ -1494,6 +1505,15 @@ class ProvidersStatus(Resource):
         send(response, f'{{"providers":{self.service.board.checked()},"workers":{self.service.workers()}}}')
 
 
+def decoded_report(report: str | None) -> Mapping[str, Any]:
+    """What a worker reported; nothing where Python cannot read what PostgreSQL keeps, as numbers beyond all bounds."""
+    try:
+        said = msgspec.json.decode(report or "{}")
+    except (msgspec.DecodeError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 class MetricsText(Resource):
     """GET tells Prometheus what this process counted and how the queue stands; without the database it tells the former."""
 
@@ -1502,7 +1522,7 @@ class MetricsText(Resource):
         response.data = self.service.metrics_text()
 
 
-HEALTH = "/healthz"
+HEALTH, READINESS = "/healthz", "/readyz"
 
 
 class Health(Resource):
@@ -1633,6 +1653,12 @@ class Service:
         tails = (msgspec.json.encode({"worker_id": worker_id, "seen_at": seen_at}).decode()[1:] for worker_id, seen_at, _ in rows)
         return f"[{','.join(head + tail for head, tail in zip(heads, tails, strict=True))}]"
 
+    def refused_by_server(self, status: int, reason: str) -> dict[str, Any]:
+        """Problem details for what the server refuses before routing, counted."""
+        body = refused_by_server(status, reason)
+        self.metrics.refused(body["code"])
+        return body
+
     def metrics_text(self) -> bytes:
         """All figures for Prometheus."""
         database = self.database
@@ -1640,8 +1666,9 @@ class Service:
 
     def _snapshot(self) -> Snapshot | None:
         try:
-            stats, workers = msgspec.json.decode(self.queue.stats(3600)), msgspec.json.decode(self.workers())
-            return Snapshot(stats, workers, self.queue.oldest_transaction_seconds())
+            self.upkeep.settle()
+            stats, reports = msgspec.json.decode(self.queue.stats(3600)), [report for _, _, report in self.queue.workers()]
+            return Snapshot(stats, list(map(decoded_report, reports)), self.queue.oldest_transaction_seconds())
         except Refusal as refusal:
             log.debug("metrics_without_database code=%s", refusal.code)
             return None
@@ -1673,8 +1700,16 @@ class Counting:
             self._metrics.refused(response.context.code)
 
 
-class StrictQueries:
-    """Refuses query parameters that a route does not have."""
+class Strictness:
+    """Refuses query parameters that a route does not have, and calls that a browser makes for a page of somebody else's.
+
+    The latter need no token where the service is open, and a browser lets any page send them.
+    """
+
+    def process_request(self, request: falcon.Request, _response: falcon.Response) -> None:
+        """Called by Falcon before it looks for a route."""
+        if request.method not in ("GET", "HEAD", "OPTIONS") and request.get_header("Sec-Fetch-Site") in ("cross-site", "same-site"):
+            raise Forbidden("a page of another site may not call this")
 
     def process_resource(self, request: falcon.Request, _response: falcon.Response, resource: object, _params: Any) -> None:
         """Called by Falcon before each responder."""
@@ -1686,7 +1721,7 @@ class StrictQueries:
 def create_app(service: Service) -> falcon.App[Any, Any]:
     """The WSGI application with every route."""
     door = Door(service.settings.tokens)
-    middleware: list[Any] = [Counting(service.metrics), *([door] if service.settings.tokens else []), StrictQueries()]
+    middleware: list[Any] = [Counting(service.metrics), *([door] if service.settings.tokens else []), Strictness()]
     app = falcon.App(middleware=middleware)
     app.req_options.keep_blank_qs_values = True
     app.add_error_handler(Exception, answer_crash)
@@ -1718,7 +1753,7 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route("/api/v1/workers", Workers(service))
     app.add_route("/api/v1/providers/status", ProvidersStatus(service))
     app.add_route(HEALTH, Health(service))
-    app.add_route("/readyz", Readiness(service))
+    app.add_route(READINESS, Readiness(service))
     app.add_route("/metrics", MetricsText(service))
     app.add_route("/openapi.json", Interface(service))
     app.add_route("/docs", Page(service, "ai_docs.html"))
@@ -1763,8 +1798,8 @@ def serve(settings: Settings) -> int:
         max_body_bytes=settings.max_body_bytes,
         max_bodies_bytes=settings.max_bodies_bytes,
         stall_seconds=settings.stall_seconds,
-        apart=(HEALTH,),
-        problem=refused_by_server,
+        apart=(HEALTH, READINESS),
+        problem=service.refused_by_server,
         drain=service.drain,
         drain_seconds=settings.drain_seconds,
         one_core=settings.http_one_core,
@@ -1872,6 +1907,8 @@ def _with_settings(environ: Mapping[str, str], act: Callable[[Settings], int]) -
     except SettingsError as error:
         print("ai-service: the settings cannot be used:\n" + "\n".join(f"  - {problem}" for problem in error.problems), file=sys.stderr)
         return 2
+    # Of the tokens this process keeps digests, and nothing that runs in it can read more.
+    os.environ.pop("API_TOKENS", None)
     logging.getLogger().setLevel(settings.log_level)
     return act(settings)
 

@@ -43,7 +43,7 @@ class Health:
 
 def main() -> None:
     """Serves until SIGTERM."""
-    app = falcon.App(middleware=[ai_service.StrictQueries()])
+    app = falcon.App(middleware=[ai_service.Strictness()])
     app.add_route("/api/v1/jobs", Jobs())
     app.add_route("/healthz", Health())
     listener = listen("127.0.0.1", 0)

@@ -19,7 +19,7 @@ import falcon
 import pytest
 from fake_vllm import fake_vllm
 from postgres import fresh_schema
-from service import MAIN, Answer, Api, Corner, Service, raw_post, running_service, wait_until, worker_process
+from service import MAIN, Answer, Api, Corner, Service, encoded, raw_post, running_service, wait_until, worker_process
 
 from ai_access import audit
 from ai_service import Service as Application
@@ -586,3 +586,17 @@ def test_settings_hold_no_token_but_its_digest(tmp_path: Path) -> None:
     assert [token.name for token in settings.tokens] == ["one", "two"]
     held = f"{settings!r} {[(each, each.digest) for each in settings.tokens]} {dict(settings.environ)}"
     assert GOOD not in held
+
+
+# ---------------------------------------------------------------- other people's pages
+
+ABROAD = {"Content-Type": "application/json", "Sec-Fetch-Site": "cross-site"}
+
+
+def test_a_page_of_another_site_can_change_nothing_not_even_where_the_service_is_open(corner: Corner) -> None:
+    body = encoded(corner.job())
+    assert corner.api.request("POST", "/api/v1/jobs", body, ABROAD).code == "forbidden"
+    assert corner.api.request("DELETE", UNKNOWN, None, ABROAD).code == "forbidden"
+    assert corner.api.get("/api/v1/jobs", owner_service=corner.owner_service).json["jobs"] == []
+    for site in ("same-origin", "none"):
+        assert corner.api.request("POST", "/api/v1/jobs", body, {**ABROAD, "Sec-Fetch-Site": site}).status == 201

