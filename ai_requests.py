@@ -1,16 +1,17 @@
 """What callers and workers may ask, and what they are told when it is refused.
 
-A request is an attrs class; cattrs makes it of the body. Payloads (`RawJson`) are slices of the body's text that nobody decodes. All
-problems of a body are found at once, each with its JSON pointer.
+A request is an attrs class. msgspec reads one in which nothing is wrong; cattrs finds all problems of another, each with its JSON pointer.
+Payloads (`RawJson`) are slices of the body's text that nobody decodes.
 
-Sections: refusals, what a field must be, the requests, reading.
+Sections: refusals, what a field must be, the requests, finding what is wrong, reading.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, NewType, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Generic, Literal, NewType, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
 import attrs
 import cattrs
@@ -173,11 +174,23 @@ OUTCOMES: dict[str, type[Refusal]] = {each.code: each for each in (JobNotFound, 
 class Check:
     """What a value must be: `kind` in words, its Python types, and `accept`, which returns a sentence where it refuses one.
 
-    `schema` says the same as JSON Schema, for the document of the interface.
+    `schema` says the same as JSON Schema, for the document of the interface and for msgspec.
     """
 
     def __init__(self, kind: str, types: tuple[type, ...], accept: Callable[[Any], str | None], schema: Mapping[str, Any]) -> None:
         self.kind, self.types, self.accept, self.schema = kind, types, accept, schema
+
+    @property
+    def native(self) -> Any:
+        """The same as a type of msgspec's; None for what it cannot say."""
+        if "format" in self.schema:
+            return None
+        if "enum" in self.schema:
+            return Literal[tuple(self.schema["enum"])]
+        limits = {name: self.schema[word] for word, name in _LIMITS.items() if word in self.schema}
+        # A dollar sign means the end in JSON Schema; in Python it stands before a last line end too.
+        limits |= {"pattern": re.sub(r"\$$", r"\\Z", limits["pattern"])} if "pattern" in limits else {}
+        return Union[tuple(Annotated[kind, msgspec.Meta(**limits)] for kind in self.types)]  # noqa: UP007  made of what is in a tuple
 
     def structure(self, raw: msgspec.Raw) -> Any:
         """The Python value of a JSON text. Raises ValueError with a sentence for the caller."""
@@ -190,6 +203,9 @@ class Check:
         if refused := self.accept(value):
             raise ValueError(refused)
         return value
+
+
+_LIMITS = {"pattern": "pattern", "minLength": "min_length", "maxLength": "max_length", "minimum": "ge", "maximum": "le"}
 
 
 def text_of(low: int, high: int | None) -> Check:
@@ -253,9 +269,9 @@ class SmallObject:
         text = bytes(raw)
         if len(text) > self.limit_bytes:
             raise ValueError(f"must have at most {self.limit_bytes:,} bytes")
-        fields = decoded(dict[str, msgspec.Raw], raw, "an object")
+        decoded(dict[str, msgspec.Raw], raw, "an object")
         if self.kind:
-            _converter.structure(fields, self.kind)
+            read_raw(raw, self.kind)
         return _structure_raw(raw, str)
 
 
@@ -519,7 +535,7 @@ class StatsQuery:
     window_seconds: Window | None = None
 
 
-# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Finding what is wrong ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _converter = cattrs.Converter(detailed_validation=True)
 _openers = re.compile(rb"[\[{]")
@@ -531,7 +547,8 @@ def _origin(kind: Any) -> Any:
 
 def _structure_raw(raw: msgspec.Raw, _: Any) -> str:
     text = bytes(raw)
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+    # So many opening brackets; to take them out is six times faster than to count them (0.25 µs for 2 KB).
+    if len(text) - len(text.replace(b"[", b"").replace(b"{", b"")) > MAX_DEPTH and _depth(text) > MAX_DEPTH:
         raise TooDeep
     return text.decode()
 
@@ -631,6 +648,132 @@ def _pointer(name: Any) -> str:
     return "from" if name == "from_" else str(name).replace("~", "~0").replace("/", "~1")
 
 
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# What is raised where it is for cattrs to say what is wrong, if anything is.
+UNCLEAR = (ValueError, RecursionError, Refusal, cattrs.BaseValidationError)
+
+
+class Reader(Generic[T]):
+    """Reads a kind of request in one go if nothing is wrong with it.
+
+    msgspec looks at names, types and limits, by the same words that the document of the interface is made of; what it cannot say of a
+    field is left to cattrs' hook.
+    """
+
+    def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
+        kinds = [field.type for field in attrs.fields(cast(Any, kind))]
+        left = [(position, each) for position, each in enumerate(kinds) if each is RawJson or _native(each) is None]
+        self._left = [(position, each, _converter.get_structure_hook(each)) for position, each in left]
+        self._decode = msgspec.json.Decoder(_struct(kind)).decode
+
+    def read(self, raw: msgspec.Raw | bytes) -> T:
+        """The request. Raises one of `UNCLEAR`."""
+        return self.made(msgspec.structs.astuple(self._decode(raw)))
+
+    def made(self, told: Sequence[Any]) -> T:
+        """The request, of what is told of each field. Raises one of `UNCLEAR`."""
+        values = list(told)
+        for position, kind, finish in self._left:
+            if isinstance(values[position], msgspec.Raw):
+                values[position] = finish(values[position], kind)
+        return self._kind(*values)
+
+
+class BatchReader:
+    """Reads a batch of jobs over its defaults in one go if nothing is wrong with any of them."""
+
+    def __init__(self) -> None:
+        item = _struct(NewJob, partial=True)
+        self._made: Callable[[Sequence[Any]], NewJob] = reader_of(NewJob).made
+        self._decode = _decoder_of_many(item, MAX_BATCH, ["defaults"])
+        self._decode_defaults = msgspec.json.Decoder(item).decode
+        self._absent = [msgspec.UNSET if field.default is attrs.NOTHING else field.default for field in attrs.fields(NewJob)]
+
+    def read(self, body: bytes) -> list[NewJob]:
+        """The jobs. Raises one of `UNCLEAR`."""
+        body.decode()
+        many = self._decode(body)
+        absent: Sequence[Any] = self._absent
+        if many.defaults is not msgspec.UNSET:
+            structure(many.defaults, JobDefaults)
+            absent = _overlaid(msgspec.structs.astuple(self._decode_defaults(many.defaults)), absent)
+        return [self._job(msgspec.structs.astuple(item), absent) for item in many.jobs]
+
+    def _job(self, told: Sequence[Any], absent: Sequence[Any]) -> NewJob:
+        values = _overlaid(told, absent)
+        if msgspec.UNSET in values:
+            raise ValueError("a field is missing")
+        return self._made(values)
+
+
+class ItemsReader(Generic[T]):
+    """Reads what is asked of many jobs, each with its `id`, in one go if nothing is wrong with any of it."""
+
+    def __init__(self, kind: type[T], beside: Sequence[str]) -> None:
+        self._reader = reader_of(kind)
+        self._decode = _decoder_of_many(_struct(kind, with_id=True), MAX_BULK, beside)
+
+    def read(self, body: bytes) -> tuple[list[tuple[str, T]], dict[str, msgspec.Raw]]:
+        """Ids with their requests, and the fields beside them. Raises one of `UNCLEAR`."""
+        body.decode()
+        many = self._decode(body)
+        beside = {name: raw for name, raw in msgspec.structs.asdict(many).items() if isinstance(raw, msgspec.Raw)}
+        told = map(msgspec.structs.astuple, many.jobs)
+        return [(job_id.lower(), self._reader.made(fields)) for job_id, *fields in told], beside
+
+
+def _overlaid(told: Sequence[Any], absent: Sequence[Any]) -> list[Any]:
+    return [other if value is msgspec.UNSET else value for value, other in zip(told, absent, strict=True)]
+
+
+def _struct(kind: Any, *, partial: bool = False, with_id: bool = False) -> type[msgspec.Struct]:
+    """A kind of request as msgspec reads it. A partial one has UNSET for each field that is absent."""
+    fields: list[Any] = [("id", _native(Uuid))] if with_id else []
+    for field in attrs.fields(kind):
+        native = _native(field.type) or msgspec.Raw
+        default = () if field.default is attrs.NOTHING else (field.default,)
+        fields.append((field.name, native | msgspec.UnsetType, msgspec.UNSET) if partial else (field.name, native, *default))
+    strict = kind not in LENIENT
+    return msgspec.defstruct(kind.__name__, fields, kw_only=True, forbid_unknown_fields=strict, rename={"from_": "from"}.get)
+
+
+def _decoder_of_many(item: type[msgspec.Struct], high: int, beside: Sequence[str]) -> Callable[[bytes], Any]:
+    """What reads a body with 1 to `high` items as its `jobs`, and the fields beside them, unread or UNSET."""
+    jobs: Any = Annotated[list[item], msgspec.Meta(min_length=1, max_length=high)]  # type: ignore[valid-type]
+    fields: list[Any] = [("jobs", jobs), *((name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in beside)]
+    return msgspec.json.Decoder(msgspec.defstruct("Many", fields, forbid_unknown_fields=True)).decode
+
+
+def _native(kind: Any) -> Any:
+    """What msgspec can check of a field by itself; None where cattrs' hook has to look at it."""
+    parts = get_args(kind)
+    if kind is RawJson:
+        return msgspec.Raw
+    if _origin(kind) is Annotated:
+        return parts[1].native if isinstance(parts[1], Check) else None
+    if _origin(kind) is list:
+        part = _native(parts[0])
+        return part and Annotated[list[part], msgspec.Meta(max_length=MAX_LIST)]  # type: ignore[valid-type]
+    if type(None) in parts and RawJson not in parts:
+        present = _native(parts[0])
+        return present and present | None
+    return None
+
+
+# Made at its first use.
+reader_of: Callable[[Any], Reader[Any]] = functools.cache(Reader)
+
+
+def read_raw(raw: msgspec.Raw | bytes, kind: type[T]) -> T:
+    """JSON as `kind`. Raises ValueError, or cattrs' errors."""
+    try:
+        return cast(T, reader_of(kind).read(raw))
+    except UNCLEAR:
+        return _converter.structure(decoded(dict[str, msgspec.Raw], raw, "an object"), kind)
+
+
 def read_object(body: bytes) -> dict[str, msgspec.Raw]:
     """The members of the JSON object in a request's body, unread; an empty body is `{}`. Of duplicate keys the last wins."""
     try:
@@ -656,7 +799,11 @@ def _refuse_what_is_no_object(body: bytes) -> NoReturn:
 
 def read_body(body: bytes, kind: type[T]) -> T:
     """A request's body as `kind`. Raises MalformedJson, TooDeep or ValidationFailed."""
-    return structure(read_object(body), kind)
+    try:
+        body.decode()
+        return cast(T, reader_of(kind).read(body))
+    except UNCLEAR:
+        return structure(read_object(body), kind)
 
 
 def read_items(body: bytes, high: int, beside: Sequence[str] = ()) -> tuple[list[msgspec.Raw], dict[str, msgspec.Raw], list[Refusal]]:
@@ -684,6 +831,16 @@ def raise_all(refusals: Sequence[Refusal]) -> None:
 
 def read_batch(body: bytes) -> list[NewJob]:
     """The jobs of a batch with its defaults filled in: a field that is present in the job wins, null too."""
+    try:
+        return _batch_reader.read(body)
+    except UNCLEAR:
+        return _structure_batch(body)
+
+
+_batch_reader = BatchReader()
+
+
+def _structure_batch(body: bytes) -> list[NewJob]:
     items, beside, refusals = read_items(body, MAX_BATCH, ["defaults"])
     defaults: dict[str, msgspec.Raw] = {}
     jobs: list[NewJob] = []
@@ -695,15 +852,14 @@ def read_batch(body: bytes) -> list[NewJob]:
         raise_all([*refusals, refusal])
     for position, item in enumerate(items):
         try:
-            jobs.append(structure_item(item, NewJob, f"/jobs/{position}", defaults))
+            jobs.append(_structure_item(item, NewJob, f"/jobs/{position}", defaults))
         except Refusal as refusal:
             refusals.append(refusal)
     raise_all(refusals)
     return jobs
 
 
-def structure_item(item: msgspec.Raw, kind: type[T], at: str, defaults: Mapping[str, msgspec.Raw]) -> T:
-    """One member of a list of requests over its defaults. Raises what `structure` raises."""
+def _structure_item(item: msgspec.Raw, kind: type[T], at: str, defaults: Mapping[str, msgspec.Raw]) -> T:
     try:
         fields = decoded(dict[str, msgspec.Raw], item, "an object")
     except ValueError as error:
@@ -718,7 +874,7 @@ def count_usage(usage: str | None) -> Usage:
     """What of a usage is counted; absent is not zero."""
     if usage is None:
         return _NO_USAGE
-    return _converter.structure(msgspec.json.decode(usage, type=dict[str, msgspec.Raw]), Usage)
+    return read_raw(usage.encode(), Usage)
 
 
 def _listed(raw: msgspec.Raw) -> msgspec.Raw:

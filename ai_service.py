@@ -50,6 +50,7 @@ from ai_requests import (
     MAX_LOOKUP,
     OUTCOMES,
     RETRYABLE,
+    UNCLEAR,
     UUID,
     BodyTooLarge,
     BulkHeartbeat,
@@ -68,6 +69,7 @@ from ai_requests import (
     Heartbeat,
     IdempotencyKeyReused,
     InvalidState,
+    ItemsReader,
     JobCancelled,
     JobFilter,
     JobIds,
@@ -1397,13 +1399,11 @@ class JobsVerb(Resource):
     def __init__(self, service: "Service", kind: type[Any], act: Callable[[Sequence[str], Sequence[Any]], Sequence[str | Beat]]) -> None:
         super().__init__(service)
         self.kind, self.act = kind, act
+        self.beside = ["worker"] if kind is Heartbeat else []
+        self.reader = ItemsReader(kind, self.beside)
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        items, beside, refusals = read_items(self.body(request), MAX_BULK, ["worker"] if self.kind is Heartbeat else [])
-        raise_all(refusals)
-        report = structure(beside, BulkHeartbeat).worker
-        answers: list[dict[str, Any]] = [{"id": None, "status": 200} for _ in items]
-        wanted = [entry for position, item in enumerate(items) if (entry := self._wanted(position, item, answers[position]))]
+        answers, wanted, report = self._read(self.body(request))
         outcomes = self.act([job_id for _, job_id, _ in wanted], [body for _, _, body in wanted]) if wanted else []
         for (position, _, _), outcome in zip(wanted, outcomes, strict=True):
             answers[position] |= self._rendered(outcome, report)
@@ -1412,6 +1412,23 @@ class JobsVerb(Resource):
             self.service.moved(moved, requeued=self.kind in REQUEUING)
         log.debug("jobs_called path=%r count=%d", request.path, len(wanted))
         send(response, msgspec.json.encode({"jobs": answers}).decode())
+
+    def _read(self, body: bytes) -> tuple[list[dict[str, Any]], list[tuple[int, str, Any]], str | None]:
+        """An answer for each item, position, id and body of those that are not refused, and the worker's report."""
+        try:
+            items, beside = self.reader.read(body)
+            wanted = [(position, job_id, each) for position, (job_id, each) in enumerate(items)]
+            return [{"id": job_id, "status": 200} for job_id, _ in items], wanted, structure(beside, BulkHeartbeat).worker
+        except UNCLEAR:
+            return self._explained(body)
+
+    def _explained(self, body: bytes) -> tuple[list[dict[str, Any]], list[tuple[int, str, Any]], str | None]:
+        items, beside, refusals = read_items(body, MAX_BULK, self.beside)
+        raise_all(refusals)
+        report = structure(beside, BulkHeartbeat).worker
+        answers: list[dict[str, Any]] = [{"id": None, "status": 200} for _ in items]
+        wanted = [entry for position, item in enumerate(items) if (entry := self._wanted(position, item, answers[position]))]
+        return answers, wanted, report
 
     def _wanted(self, position: int, item: msgspec.Raw, answer: dict[str, Any]) -> tuple[int, str, Any] | None:
         """An item's position, id and body; None where it is refused, which its answer then says."""
