@@ -30,11 +30,12 @@ Filter = TypeVar("Filter", bound=JobFilter)
 
 # ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-Role = Literal["caller", "worker", "operator"]
+Role = Literal["caller", "worker", "monitor", "operator"]
 CALLER: Role = "caller"
 WORKER: Role = "worker"
+MONITOR: Role = "monitor"
 OPERATOR: Role = "operator"
-_ROLES: Mapping[str, Role] = {"caller": CALLER, "worker": WORKER, "operator": OPERATOR}
+_ROLES: Mapping[str, Role] = {"caller": CALLER, "worker": WORKER, "monitor": MONITOR, "operator": OPERATOR}
 
 SHORTEST_SECRET, LONGEST_SECRET = 16, 512
 _SECRET = r"[A-Za-z0-9._~+/-]+=*"  # noqa: S105  the characters of RFC 6750
@@ -173,8 +174,8 @@ def _read_token(entry: str) -> Token:
 def _problem(name: str, role: str, limits: Sequence[str] | None, secret: str) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
         return "must be name=role=secret, the name of 1 to 64 letters, digits or . _ -"
-    if (role, limits is None) not in {(CALLER, False), (WORKER, True), (WORKER, False), (OPERATOR, True)}:
-        return "must have one of the roles caller:OWNER_SERVICE,… worker worker:MODEL_PROFILE,… operator"
+    if (role, limits is None) not in {(CALLER, False), (WORKER, True), (WORKER, False), (MONITOR, True), (OPERATOR, True)}:
+        return "must have one of the roles caller:OWNER_SERVICE,… worker worker:MODEL_PROFILE,… monitor operator"
     if not all(map(is_profile_name, limits or ())):
         return "names an owner_service or a model profile that is not 1 to 100 letters, digits or . _ : / @ + -"
     if not SHORTEST_SECRET <= len(secret) <= LONGEST_SECRET or not re.fullmatch(_SECRET, secret):
@@ -188,6 +189,7 @@ def _problem(name: str, role: str, limits: Sequence[str] | None, secret: str) ->
 PUBLIC: tuple[Role, ...] = ()
 _CALLERS: tuple[Role, ...] = (CALLER, OPERATOR)
 _WORKERS: tuple[Role, ...] = (WORKER, OPERATOR)
+_MONITORS: tuple[Role, ...] = (MONITOR, OPERATOR)
 _OPERATORS: tuple[Role, ...] = (OPERATOR,)
 _JOBS = "/api/v1/jobs"
 
@@ -204,10 +206,10 @@ ROUTES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("POST", f"{_JOBS}/claim"): _WORKERS,
     **{("POST", f"{_JOBS}/{verb}"): _WORKERS for verb in ("complete", "fail", "heartbeat", "release")},
     **{("POST", f"{_JOBS}/{{job_id}}/{verb}"): _WORKERS for verb in ("complete", "fail", "heartbeat", "release")},
-    ("GET", "/api/v1/stats"): _CALLERS,
-    ("GET", "/metrics"): _OPERATORS,
-    ("GET", "/api/v1/workers"): _OPERATORS,
-    ("GET", "/api/v1/providers/status"): _OPERATORS,
+    ("GET", "/api/v1/stats"): (*_CALLERS, MONITOR),
+    ("GET", "/metrics"): _MONITORS,
+    ("GET", "/api/v1/workers"): _MONITORS,
+    ("GET", "/api/v1/providers/status"): _MONITORS,
     ("POST", "/api/v1/pause"): _OPERATORS,
     ("POST", "/api/v1/resume"): _OPERATORS,
     **{(method, path): PUBLIC for method in ("GET", "HEAD", "OPTIONS") for path in ("/healthz", "/readyz")},
@@ -226,7 +228,7 @@ _BEARER = re.compile(rf"bearer +({_SECRET})", re.IGNORECASE)
 class Door:
     """Falcon middleware: asks for a token, compares its role with the route's, and writes down what operators do.
 
-    It comes before the query and the body are looked at. A route that is not declared is for operators.
+    It comes before the query and the body are looked at. A route that is not declared is for operators. Without tokens anybody is one.
     """
 
     def __init__(self, tokens: Sequence[Token]) -> None:
@@ -245,6 +247,8 @@ class Door:
 
     def admitted(self, request: falcon.Request) -> Token:
         """Whose token came with a request. Raises Unauthorized."""
+        if not self._tokens:
+            return ANYBODY
         shown = _BEARER.fullmatch(request.get_header("Authorization") or "")
         token = self._tokens.get(digest_of(shown[1])) if shown else None
         if token is None:
@@ -260,7 +264,7 @@ class Door:
         """Called by Falcon after each responder: one line for what an operator changed, or tried to."""
         token = getattr(request.context, "token", None)
         changes = request.method in ("POST", "DELETE") and (request.method, request.uri_template) not in _READS
-        if token and token.role == OPERATOR and changes:
+        if self._tokens and token and token.role == OPERATOR and changes:
             audit.info(
                 "operator_action token=%s client=%s method=%s path=%r status=%d",
                 token.name,
@@ -272,6 +276,6 @@ class Door:
 
 
 def token_of(request: falcon.Request) -> Token:
-    """Who calls; anybody where no tokens are configured."""
-    token: Token = getattr(request.context, "token", ANYBODY)
+    """Who calls, as the door has found out; what it did not look at has nobody to act for."""
+    token: Token = request.context.token
     return token

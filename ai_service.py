@@ -1738,7 +1738,7 @@ class Strictness:
 def create_app(service: Service) -> falcon.App[Any, Any]:
     """The WSGI application with every route."""
     door = Door(service.settings.tokens)
-    middleware: list[Any] = [Counting(service.metrics), *([door] if service.settings.tokens else []), Strictness()]
+    middleware: list[Any] = [Counting(service.metrics), door, Strictness()]
     app = falcon.App(middleware=middleware)
     app.req_options.keep_blank_qs_values = True
     app.add_error_handler(Exception, answer_crash)
@@ -1775,8 +1775,7 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route("/openapi.json", Interface(service))
     app.add_route("/docs", Page(service, "ai_docs.html"))
     app.add_route("/", Page(service, "ai_page.html"))
-    if service.settings.tokens:
-        app.add_sink(door.refuse_unknown, API)
+    app.add_sink(door.refuse_unknown, API)
     return app
 
 

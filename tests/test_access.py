@@ -16,51 +16,52 @@ from pathlib import Path
 from typing import Any
 
 import falcon
+import falcon.testing
 import pytest
 from fake_vllm import fake_vllm
 from postgres import fresh_schema
 from service import MAIN, Answer, Api, Corner, Service, encoded, raw_post, running_service, wait_until, worker_process
 
-from ai_access import audit
+from ai_access import audit, token_of
 from ai_service import Service as Application
 from ai_service import Settings, create_app
 from providers.settings import SettingsError
 
 TABLE = """
-method path                              nobody wrong own other worker elsewhere operator
-GET    /healthz                          200    200   200 200   200    200       200
-HEAD   /healthz                          200    200   200 200   200    200       200
-OPTIONS /healthz                         200    200   200 200   200    200       200
-GET    /readyz                           200    200   200 200   200    200       200
-HEAD   /readyz                           200    200   200 200   200    200       200
-OPTIONS /readyz                          200    200   200 200   200    200       200
-POST   /api/v1/jobs                      401    401   201 403   403    403       201
-POST   /api/v1/jobs/batch                401    401   201 403   403    403       201
-GET    /api/v1/jobs                      401    401   200 nil   403    403       200
-POST   /api/v1/jobs/get                  401    401   200 nil   403    403       200
-POST   /api/v1/jobs/retry                401    401   200 nil   403    403       200
-GET    /api/v1/jobs/{job_id}             401    401   200 404   403    403       200
-POST   /api/v1/jobs/{job_id}/retry       401    401   200 404   403    403       200
-POST   /api/v1/jobs/{job_id}/cancel      401    401   200 404   403    403       200
-DELETE /api/v1/jobs/{job_id}             401    401   204 404   403    403       204
-POST   /api/v1/jobs/claim                401    401   403 403   200    nil       200
-POST   /api/v1/jobs/{job_id}/complete    401    401   403 403   200    200       200
-POST   /api/v1/jobs/{job_id}/fail        401    401   403 403   200    200       200
-POST   /api/v1/jobs/{job_id}/heartbeat   401    401   403 403   200    200       200
-POST   /api/v1/jobs/{job_id}/release     401    401   403 403   200    200       200
-POST   /api/v1/jobs/complete             401    401   403 403   200    200       200
-POST   /api/v1/jobs/fail                 401    401   403 403   200    200       200
-POST   /api/v1/jobs/heartbeat            401    401   403 403   200    200       200
-POST   /api/v1/jobs/release              401    401   403 403   200    200       200
-GET    /api/v1/stats                     401    401   200 nil   403    403       200
-GET    /api/v1/workers                   401    401   403 403   403    403       200
-GET    /api/v1/providers/status          401    401   403 403   403    403       200
-GET    /metrics                          401    401   403 403   403    403       200
-GET    /openapi.json                     200    200   200 200   200    200       200
-GET    /docs                             200    200   200 200   200    200       200
-GET    /                                 200    200   200 200   200    200       200
-POST   /api/v1/pause                     401    401   403 403   403    403       200
-POST   /api/v1/resume                    401    401   403 403   403    403       200
+method path                              nobody wrong own other worker elsewhere monitor operator
+GET    /healthz                          200    200   200 200   200    200       200     200
+HEAD   /healthz                          200    200   200 200   200    200       200     200
+OPTIONS /healthz                         200    200   200 200   200    200       200     200
+GET    /readyz                           200    200   200 200   200    200       200     200
+HEAD   /readyz                           200    200   200 200   200    200       200     200
+OPTIONS /readyz                          200    200   200 200   200    200       200     200
+POST   /api/v1/jobs                      401    401   201 403   403    403       403     201
+POST   /api/v1/jobs/batch                401    401   201 403   403    403       403     201
+GET    /api/v1/jobs                      401    401   200 nil   403    403       403     200
+POST   /api/v1/jobs/get                  401    401   200 nil   403    403       403     200
+POST   /api/v1/jobs/retry                401    401   200 nil   403    403       403     200
+GET    /api/v1/jobs/{job_id}             401    401   200 404   403    403       403     200
+POST   /api/v1/jobs/{job_id}/retry       401    401   200 404   403    403       403     200
+POST   /api/v1/jobs/{job_id}/cancel      401    401   200 404   403    403       403     200
+DELETE /api/v1/jobs/{job_id}             401    401   204 404   403    403       403     204
+POST   /api/v1/jobs/claim                401    401   403 403   200    nil       403     200
+POST   /api/v1/jobs/{job_id}/complete    401    401   403 403   200    200       403     200
+POST   /api/v1/jobs/{job_id}/fail        401    401   403 403   200    200       403     200
+POST   /api/v1/jobs/{job_id}/heartbeat   401    401   403 403   200    200       403     200
+POST   /api/v1/jobs/{job_id}/release     401    401   403 403   200    200       403     200
+POST   /api/v1/jobs/complete             401    401   403 403   200    200       403     200
+POST   /api/v1/jobs/fail                 401    401   403 403   200    200       403     200
+POST   /api/v1/jobs/heartbeat            401    401   403 403   200    200       403     200
+POST   /api/v1/jobs/release              401    401   403 403   200    200       403     200
+GET    /api/v1/stats                     401    401   200 nil   403    403       200     200
+GET    /api/v1/workers                   401    401   403 403   403    403       200     200
+GET    /api/v1/providers/status          401    401   403 403   403    403       200     200
+GET    /metrics                          401    401   403 403   403    403       200     200
+GET    /openapi.json                     200    200   200 200   200    200       200     200
+GET    /docs                             200    200   200 200   200    200       200     200
+GET    /                                 200    200   200 200   200    200       200     200
+POST   /api/v1/pause                     401    401   403 403   403    403       403     200
+POST   /api/v1/resume                    401    401   403 403   403    403       403     200
 """
 _heads, *_rows = (line.split() for line in TABLE.strip().splitlines())
 WHO = _heads[2:]
@@ -74,6 +75,7 @@ SECRETS = {
     "worker": "worker-0123456789abcdef",
     "elsewhere": "elsewhere-0123456789abcdef",
     "anywhere": "anywhere-0123456789abcdef",
+    "monitor": "monitor-0123456789abcdef",
     "operator": "operator-0123456789abcdef",
 }
 IN_SETTING = (
@@ -85,6 +87,7 @@ worker=worker:whisperx,vision={SECRETS["worker"]}
 elsewhere=worker:by-hand={SECRETS["elsewhere"]}
 anywhere=worker={SECRETS["anywhere"]}
 
+monitor = monitor = {SECRETS["monitor"]}
 operator = operator = {SECRETS["operator"]}
 """
 
@@ -218,18 +221,24 @@ def may(cells: Mapping[str, str], one: str, another: str, limit: str) -> str:
 
 def test_the_table_of_roles_in_the_security_policy_is_this_one() -> None:
     written = re.findall(
-        r"^\| `(\w+) (/\S*)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", (MAIN.parent / "SECURITY.md").read_text(), re.MULTILINE
+        r"^\| `(\w+) (/\S*)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", (MAIN.parent / "SECURITY.md").read_text(), re.MULTILINE
     )
     assert {(method, path): tuple(cells) for method, path, *cells in written} == {
         row: (
             "yes" if cells["nobody"] == "200" else "no",
             may(cells, "own", "other", "its own jobs"),
             may(cells, "worker", "elsewhere", "its profiles"),
+            may(cells, "monitor", "monitor", ""),
             may(cells, "operator", "operator", ""),
         )
         for row, cells in ROWS.items()
         if row[0] not in ("HEAD", "OPTIONS")
     }
+
+
+def test_a_request_that_came_past_the_door_acts_for_nobody() -> None:
+    with pytest.raises(AttributeError):
+        token_of(falcon.testing.create_req())
 
 
 # ---------------------------------------------------------------- at the door
@@ -512,7 +521,10 @@ def test_a_service_says_who_may_come_in(guarded: Service, service: Service) -> N
         [sys.executable, str(MAIN), "check"], env=guarded.environment, capture_output=True, text=True, timeout=60, check=True
     )
     assert "access: by tokens, own (caller of telephony), " in check.stdout
-    assert "worker (worker of whisperx, vision), elsewhere (worker of by-hand), anywhere (worker), operator (operator)" in check.stdout
+    assert (
+        "worker (worker of whisperx, vision), elsewhere (worker of by-hand), anywhere (worker), monitor (monitor), operator (operator)"
+        in check.stdout
+    )
     shown = [name for name, secret in SECRETS.items() if secret in guarded.log + check.stdout + check.stderr]
     assert shown == []
 
