@@ -247,13 +247,20 @@ class Door:
 
     def admitted(self, request: falcon.Request) -> Token:
         """Whose token came with a request. Raises Unauthorized."""
-        if not self._tokens:
-            return ANYBODY
-        shown = _BEARER.fullmatch(request.get_header("Authorization") or "")
-        token = self._tokens.get(digest_of(shown[1])) if shown else None
+        token = self._holder(request.get_header("Authorization"))
         if token is None:
             raise Unauthorized
         return token
+
+    def admits(self, authorization: str | None) -> bool:
+        """Whether who shows this, or nothing, may come in at all: before the body is there, the server asks."""
+        return self._holder(authorization) is not None
+
+    def _holder(self, authorization: str | None) -> Token | None:
+        if not self._tokens:
+            return ANYBODY
+        shown = _BEARER.fullmatch(authorization or "")
+        return self._tokens.get(digest_of(shown[1])) if shown else None
 
     def refuse_unknown(self, req: falcon.Request, resp: falcon.Response, **_groups: Any) -> None:
         """Answers for paths without a route: who has no token does not learn which there are."""

@@ -89,11 +89,17 @@ class Unavailable(waitress.utilities.Error):  # type: ignore[misc]
     code, reason = 503, "Service Unavailable"
 
 
+class Unauthorized(waitress.utilities.Error):  # type: ignore[misc]
+    """Not to who showed no token that is known."""
+
+    code, reason = 401, "Unauthorized"
+
+
 def refusal(server: Any, error: Any) -> tuple[str, list[tuple[str, str]], bytes]:
     """An answer of the server's own: status, headers, body."""
-    later = [("Retry-After", "1")] if error.code == 503 else []
+    beside = {401: [("WWW-Authenticate", "Bearer")], 503: [("Retry-After", "1")]}.get(error.code, [])
     body = msgspec.json.encode(server.problem(error.code, error.reason))
-    return f"{error.code} {error.reason}", [("Content-Type", "application/problem+json"), *later], body
+    return f"{error.code} {error.reason}", [("Content-Type", "application/problem+json"), *beside], body
 
 
 # What a browser is told with every answer that says nothing else of it: do not guess, do not keep, run and frame nothing, tell nobody.
@@ -185,7 +191,7 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
 
 class Nowhere:
-    """Where a body goes that finds no room: a client that is still sending would not see the answer."""
+    """Where a body goes that is refused on its way: a client that is still sending would not see the answer."""
 
     def append(self, data: bytes) -> None:
         """Forgets it."""
@@ -200,12 +206,14 @@ class Nowhere:
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     """Refuses a body over the limit as soon as it is announced or has arrived; waitress would count the framing of chunks too.
 
-    A large body takes its share of the server's room as it arrives: what is only announced keeps nobody out.
+    A large body takes its share of the server's room as it arrives: what is only announced keeps nobody out. One that does not come with
+    its head is kept for those only whom the application would hear.
     """
 
     error: Any = None
     taken = 0
-    refused = False
+    refused: Any = None
+    admitted = False
 
     def received(self, data: bytes) -> int:
         """Takes in what came and returns how much of it was used."""
@@ -222,7 +230,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         if not self.error and (self.content_length > limit or (self.body_rcv is not None and len(self.body_rcv) > limit)):
             self.error, self.completed = waitress.utilities.RequestEntityTooLarge("the body is too large"), True
         if self.body_rcv is not None and not self.error:
-            self._take_room()
+            self._take_in()
         if self.error:
             # Or waitress would ask for the body all the same.
             self.expect_continue = False
@@ -241,17 +249,23 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         framing = self.body_bytes_received - len(self.body_rcv)
         return "the chunks are too small" if framing > len(self.body_rcv) + MAX_FRAMING_BYTES and not self.refused else None
 
-    def _take_room(self) -> None:
+    def _take_in(self) -> None:
+        if not (self.completed or self.admitted or self.refused):
+            self.admitted = self.adj.admits(self.headers.get("AUTHORIZATION"))
+            self._refuse_unless(self.admitted, Unauthorized("unknown"))
         size = len(self.body_rcv)
         if size > max(self.taken, LARGE_BYTES) and not self.refused:
-            if self.adj.room.take(size - self.taken):
-                self.taken = size
-            else:
-                self.refused = True
-                self.close()
-                self.body_rcv.buf = Nowhere()
+            self._refuse_unless(self.adj.room.take(size - self.taken), Unavailable(NO_ROOM))
+            self.taken = 0 if self.refused else size
         if self.refused and self.completed:
-            self.error = Unavailable(NO_ROOM)
+            self.error = self.refused
+
+    def _refuse_unless(self, may_come: bool, error: Any) -> None:  # noqa: FBT001  what was found out
+        """What comes of a refused body is let go as it comes."""
+        if not may_come:
+            self.refused = error
+            self.close()
+            self.body_rcv.buf = Nowhere()
 
     def close(self) -> None:
         """Forgets the body."""
@@ -532,6 +546,7 @@ class Server:
         max_bodies_bytes: int,
         stall_seconds: float,
         apart: Collection[str],
+        admits: Callable[[str | None], bool],
         problem: Callable[[int, str], dict[str, object]],
         drain: Callable[[], None],
         drain_seconds: float,
@@ -562,6 +577,7 @@ class Server:
         self._waitress.adj.body_limit_bytes = max_body_bytes
         self._waitress.adj.room = Room(max(max_bodies_bytes, max_body_bytes))
         self._waitress.adj.stall_seconds = stall_seconds
+        self._waitress.adj.admits = admits
         self._waitress.refusing = self._threads(2)
         self._waitress.apart = {path: self._threads(2) for path in apart}
         self._waitress.problem = problem

@@ -1211,7 +1211,7 @@ def problem(refusal: Refusal) -> dict[str, Any]:
 
 def refused_by_server(status: int, reason: str) -> dict[str, Any]:
     """Problem details for what the server refuses before routing."""
-    known: dict[int, Refusal] = {413: BodyTooLarge(), 503: ServiceFull()}
+    known: dict[int, Refusal] = {401: Unauthorized(), 413: BodyTooLarge(), 503: ServiceFull()}
     return problem(known.get(status) or MalformedRequest(reason)) | {"status": status}
 
 
@@ -1621,6 +1621,7 @@ class Service:
         self.room = WaitingRoom(self.queue, settings.http_threads - 32)
         self.upkeep = Upkeep(self.queue, settings, self.room, self.metrics)
         self.board = ProviderBoard(settings.environ)
+        self.door = Door(settings.tokens)
         self.draining = False
 
     def start(self) -> None:
@@ -1737,8 +1738,7 @@ class Strictness:
 
 def create_app(service: Service) -> falcon.App[Any, Any]:
     """The WSGI application with every route."""
-    door = Door(service.settings.tokens)
-    middleware: list[Any] = [Counting(service.metrics), door, Strictness()]
+    middleware: list[Any] = [Counting(service.metrics), service.door, Strictness()]
     app = falcon.App(middleware=middleware)
     app.req_options.keep_blank_qs_values = True
     app.add_error_handler(Exception, answer_crash)
@@ -1775,7 +1775,7 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route("/openapi.json", Interface(service))
     app.add_route("/docs", Page(service, "ai_docs.html"))
     app.add_route("/", Page(service, "ai_page.html"))
-    app.add_sink(door.refuse_unknown, API)
+    app.add_sink(service.door.refuse_unknown, API)
     return app
 
 
@@ -1815,6 +1815,7 @@ def serve(settings: Settings) -> int:
         max_bodies_bytes=settings.max_bodies_bytes,
         stall_seconds=settings.stall_seconds,
         apart=(HEALTH, READINESS),
+        admits=service.door.admits,
         problem=service.refused_by_server,
         drain=service.drain,
         drain_seconds=settings.drain_seconds,

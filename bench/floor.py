@@ -55,6 +55,7 @@ def main() -> None:
         max_bodies_bytes=128 << 20,
         stall_seconds=30,
         apart=(),
+        admits=lambda _: True,
         problem=ai_service.refused_by_server,
         drain=lambda: None,
         drain_seconds=0,

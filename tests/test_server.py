@@ -1,19 +1,20 @@
 """The server under waitress: its loop, and the core that its threads keep to."""
 
 import os
+import re
 import select
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import waitress.server
 from postgres import fresh_schema
-from service import Answer, Corner, Service, encoded, raw_post, running_service, wait_until
+from service import Answer, Api, Corner, Service, encoded, raw_post, running_service, wait_until
 
 from ai_server import Core, Loop
 
@@ -250,6 +251,48 @@ def test_a_claim_is_told_even_without_room(narrow: Service) -> None:
     with half_sent(narrow, encoded(corner.job(input={"text": "x" * 1_000_000}))):
         create_until(narrow, large_job(corner), 503)
         assert len(corner.claim(limit=3)) == 3
+
+
+RIGHT = "right-0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def guarded(postgres_url: str) -> Iterator[Service]:
+    """A service with a token, and with room for one large body."""
+    room = {"MAX_BODY_BYTES": str(MEGABYTE), "MAX_BODIES_BYTES": str(MEGABYTE)}
+    with (
+        fresh_schema(postgres_url) as schema,
+        running_service(postgres_url, schema, **room, API_TOKENS=f"right=operator={RIGHT}") as service,
+    ):
+        yield service
+
+
+def parts(body: bytes, token: str | None, is_chunked: bool) -> tuple[bytes, bytes]:
+    """A create in two parts, the second of which begins in the middle of its body."""
+    lines = [*([f"Authorization: Bearer {token}"] if token else []), *(["Transfer-Encoding: chunked"] if is_chunked else [])]
+    request = raw_post("/api/v1/jobs", body, *lines)
+    if is_chunked:
+        head = re.sub(rb"Content-Length: \d+\r\n", b"", request[: -len(body)])
+        request = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    return request[: -len(body) // 2], request[-len(body) // 2 :]
+
+
+@pytest.mark.parametrize("token", [None, "wrong-0123456789abcdef", RIGHT])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_only_who_shows_a_token_takes_room(guarded: Service, is_chunked: bool, token: str | None) -> None:
+    right = Api(guarded.api.port, RIGHT)
+    job = large_job(Corner(right))
+    first, rest = parts(encoded(job), token, is_chunked)
+    with socket.create_connection(("127.0.0.1", guarded.api.port), timeout=20) as connection, closing(right):
+        connection.sendall(first)
+        if token == RIGHT:
+            wait_until(lambda: right.post("/api/v1/jobs", job).status == 503, what="a refusal for want of room")
+        else:
+            assert {right.post("/api/v1/jobs", job).status for _ in range(10)} == {201}
+        connection.sendall(rest)
+        answer = answer_of(connection)
+    assert answer.startswith(b"HTTP/1.1 201 " if token == RIGHT else b"HTTP/1.1 401 ")
+    assert (b"www-authenticate: bearer" in answer.lower() and b'"code":"unauthorized"' in answer) == (token != RIGHT)
 
 
 def test_a_body_that_is_announced_too_large_is_not_asked_for(narrow: Service) -> None:
