@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import Answer, Api
+from service import Answer, Api, Service
 
 from ai_openapi import OPERATIONS
 
@@ -70,6 +71,20 @@ def test_the_page_may_run_its_own_script_and_ask_the_service_and_nothing_else(ap
     assert [
         word for word in ("//cdn", "http:", "https:", "innerHTML", "insertAdjacentHTML", "document.write", "eval(") if word in text
     ] == []
+
+
+TOKEN_IN_EXAMPLES = '-H "Authorization: Bearer $AI_SERVICE_TOKEN"'
+
+
+def test_the_examples_carry_a_token_where_the_service_asks_for_one_and_the_route_does(
+    browse: Callable[[str], str], api: Api, start_service: Callable[..., Service]
+) -> None:
+    guarded = start_service(API_TOKENS="desk=operator=a-secret-of-the-desk")
+    requests = re.findall(r"<pre[^>]*>(curl [^<]*)", browse(f"http://127.0.0.1:{guarded.api.port}/docs"))
+    bare = {each.partition("//")[2].split()[0] for each in requests if TOKEN_IN_EXAMPLES not in html.unescape(each)}
+    assert len(requests) > 30
+    assert bare == {f"127.0.0.1:{guarded.api.port}{path}" for path in ("/healthz", "/readyz", "/openapi.json", "/docs", "/")}
+    assert TOKEN_IN_EXAMPLES not in html.unescape(browse(f"http://127.0.0.1:{api.port}/docs"))
 
 
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
