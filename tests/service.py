@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import attrs
+import pytest
 import urllib3
 
 MAIN = Path(__file__).parent.parent / "ai_service.py"
@@ -34,6 +36,15 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10, what: str = "t
         assert monotonic() < deadline, f"{what} did not come true within {seconds} s"
         pause.wait(0.02)
     return value
+
+
+def program(name: str, package: str) -> str:
+    """Where a program is; the test is skipped without it, but not in CI."""
+    found = shutil.which(name)
+    if found is None and os.environ.get("CI") != "true":
+        pytest.skip(f"{name} is not installed: apt-get install {package}")
+    assert found, f"{name} is missing: .ci/run has to install {package}"
+    return found
 
 
 @attrs.frozen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 from fake_service import FakeService, forwards_and, loses
 from postgres import Sql
-from service import INHERITED, MAIN, Api, Corner, Service, wait_until
+from service import INHERITED, MAIN, Api, Corner, Service, program, wait_until
 
 EXAMPLES = MAIN.parent / "examples"
 CALLERS = {
@@ -26,15 +25,6 @@ CALLERS = {
 BEFORE, AFTER = ([sys.executable, str(EXAMPLES / "hand-written-worker" / name)] for name in ("before.py", "after.py"))
 # What a shell, a JSON string and a query must not stumble over.
 AWKWARD = "\"quoted\" 'too' \\ $(exit 9) `exit 9` & ? % {} é 🎈\n\tline two"
-
-
-def program(name: str, package: str) -> str:
-    """Where a program is; the test is skipped without it, but not in CI."""
-    found = shutil.which(name)
-    if found is None and os.environ.get("CI") != "true":
-        pytest.skip(f"{name} is not installed: apt-get install {package}")
-    assert found, f"{name} is missing: .ci/run has to install {package}"
-    return found
 
 
 def url_of(place: Corner | FakeService) -> str:

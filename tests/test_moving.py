@@ -765,20 +765,6 @@ def test_processes_forked_from_one_that_mirrors_have_threads_of_their_own(client
     assert names == {"parent", "parent-again", "child-0", "child-1", "child-2"}
 
 
-def test_the_code_of_the_readme_runs_as_it_stands(service: Service) -> None:
-    readme = MAIN.with_name("README.md").read_text()
-    [code] = [block for block in re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL) if "Handover" in block]
-    machine = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    environ = {**machine, "AI_SERVICE_URL": url_of(service), "PYTHONPATH": str(MAIN.parent)}
-    with worker(url_of(service), "qwen2.5-14b", lambda job: {"content": "from afar"}):
-        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "{'content': 'invoice'}"
-    assert "{'content': 'invoice'} {'content': 'from afar'}" in done.stdout
-    assert "remote=1" in done.stdout
-    assert "compared=1" in done.stdout
-
-
 def test_the_example_mirrors_compares_and_switches(service: Service, corner: Corner) -> None:
     def answer(job: ClaimedJob) -> Any:
         return {"content": "", "json": {"topic": "fault" if "tone" in job.input["prompt"] else "invoice"}}

@@ -1,4 +1,4 @@
-"""A provider of one's own: the README's section as a stranger follows it, and the example as a package that is really installed.
+"""A provider of one's own: the page's section as a stranger follows it, and the example as a package that is really installed.
 
 What is installed goes into an environment made for this file, with AI Service in it as a package and not as a source tree.
 """
@@ -27,7 +27,7 @@ from providers.conformance import ProviderConformance
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "plugin"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "worker.md"
 
 # A plain `pip install ./folder` with these builds with the hatchling that is here and asks no package index. (That false turns isolation
 # off is no slip: of an option that begins with "no", pip takes the value as that of its opposite.)
@@ -103,12 +103,12 @@ def url_of(service: Service) -> str:
     return f"http://127.0.0.1:{service.api.port}"
 
 
-# ---------------------------------------------------------------- the README's section
+# ---------------------------------------------------------------- the page's section
 
 
 def section() -> str:
-    """The section of the README that this is about."""
-    return README.read_text().split("\n## Write your own provider\n")[1].split("\n## ")[0]
+    """The section of the page for workers that this is about."""
+    return PAGE.read_text().split("\n## Write a provider\n")[1].split("\n## ")[0]
 
 
 def files() -> dict[str, str]:
@@ -123,7 +123,7 @@ def commands() -> str:
     return str(block)
 
 
-def test_the_readmes_provider_is_written_installed_found_and_does_a_job(desk: Desk, service: Service, tmp_path: Path) -> None:
+def test_the_provider_of_the_page_is_written_installed_found_and_does_a_job(desk: Desk, service: Service, tmp_path: Path) -> None:
     for path, text in files().items():
         (desk.folder / path).parent.mkdir(exist_ok=True)
         (desk.folder / path).write_text(text)
@@ -141,7 +141,7 @@ def test_the_readmes_provider_is_written_installed_found_and_does_a_job(desk: De
     assert '"words":6' in output
 
 
-class TestConformanceOfTheReadmesProvider(ProviderConformance):
+class TestConformanceOfTheProviderOfThePage(ProviderConformance):
     good_input = "many words, many more words"
     other_inputs = ("another", "text is refused never, and repeated never")
     bad_input = 5
