@@ -210,6 +210,7 @@ ROUTES: Mapping[tuple[str, str], tuple[Role, ...]] = {
     ("GET", "/metrics"): _MONITORS,
     ("GET", "/api/v1/workers"): _MONITORS,
     ("GET", "/api/v1/providers/status"): _MONITORS,
+    ("GET", "/api/v1/pause"): _MONITORS,
     ("POST", "/api/v1/pause"): _OPERATORS,
     ("POST", "/api/v1/resume"): _OPERATORS,
     **{(method, path): PUBLIC for method in ("GET", "HEAD", "OPTIONS") for path in ("/healthz", "/readyz")},

@@ -204,6 +204,7 @@ class Retried:
 
     retried: Total
     more: Flag
+    matched: Total = ABSENT
 
 
 @attrs.frozen
@@ -405,6 +406,7 @@ WORDS: Mapping[str, str] = {
     "delay_seconds": "How long the job is not handed out again; 0 by default.",
     "detail": "What is to be said of it, for people.",
     "endpoint": "Its address, without user info.",
+    "dry_run": "Whether to tell how many fit, and to retry none; false by default.",
     "error": "Why the job failed or was cancelled; null otherwise.",
     "error_category": "The category of the final error.",
     "errors": "One for each attempt that did not complete; a retry keeps them.",
@@ -433,6 +435,7 @@ WORDS: Mapping[str, str] = {
     "ClaimRequest.limit": "At most so many jobs; 1 by default.",
     "Listing.limit": "At most so many jobs; 50 by default.",
     "BulkRetry.limit": "At most so many jobs; 1,000 by default.",
+    "matched": "How many jobs fit, whatever the limit; only with `dry_run`.",
     "max_attempts": "How many attempts may fail; 3 by default.",
     "message": "What went wrong, for people. Of more than 4,000 characters the first are kept.",
     "FieldError.message": "What the value must be.",

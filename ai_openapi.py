@@ -195,6 +195,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         name="retry_many",
         group=CALLER,
         summary="Retry failed and cancelled jobs that fit a filter",
+        about="With `dry_run` none is retried, and `matched` tells how many fit, whatever the `limit`.",
         body=BulkRetry,
         answers={200: Retried},
     ),
@@ -226,6 +227,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/v1/providers/status"): Operation(
         name="providers_status", group=OPERATOR, summary="Check the configured providers", answers={200: ProvidersStatus}
     ),
+    ("GET", "/api/v1/pause"): Operation(name="pauses", group=OPERATOR, summary="What is paused", answers={200: Paused}),
     ("POST", "/api/v1/pause"): Operation(
         name="pause",
         group=OPERATOR,

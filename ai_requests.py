@@ -498,6 +498,7 @@ class RetryFilter(JobFilter):
 class BulkRetry:
     filter: Annotated[RetryFilter, Alternatives(RetryFilter)]
     limit: Annotated[int, whole_number(1, MAX_BULK)] | None = None
+    dry_run: Flag | None = None
 
 
 @attrs.frozen

@@ -565,18 +565,32 @@ class Queue:
 
     def list_ids(self, wanted: JobFilter, limit: int, before: str | None = None) -> list[str]:
         """Ids of jobs that fit, newest first."""
-        values = {name: value for name, value in attrs.asdict(wanted).items() if name in _CONDITIONS and value is not None}
-        values |= {"before": before} if before else {}
+        values = {"before": before} if before else {}
+        statement = "-- queue.list\nselect j.id::text from job j where {conditions} order by j.id desc limit :at_most::int"
+        return [row[0] for row in self._look_for(wanted, statement, values, at_most=limit)]
+
+    def count(self, wanted: JobFilter) -> int:
+        """How many jobs fit."""
+        return int(self._look_for(wanted, "-- queue.count\nselect count(*) from job j where {conditions}", {})[0][0])
+
+    def _look_for(self, wanted: JobFilter, statement: str, more: dict[str, str], **beside: int) -> list[list[Any]]:
+        values = {name: value for name, value in attrs.asdict(wanted).items() if name in _CONDITIONS and value is not None} | more
         conditions = " and ".join(["true", *(_CONDITIONS[name] for name in values)])
-        statement = f"-- queue.list\nselect j.id::text from job j where {conditions} order by j.id desc limit :at_most::int"
         # A filter that fits hardly any job looks at all of them: such lists leave connections to everything else.
         if not self._listing.acquire(timeout=LIST_SECONDS):
             raise DatabaseBusy("too many lists are being made")
         try:
-            rows = self.database.run(statement, at_most=limit, **values)
+            return self.database.run(statement.format(conditions=conditions), **values, **beside)
         finally:
             self._listing.release()
-        return [row[0] for row in rows]
+
+    def pauses(self) -> str:
+        """The rules in force as a JSON array."""
+        statement = (
+            "-- queue.pauses\nselect coalesce(json_agg(rules), '[]')::text from (select owner_service, task_type, model_profile, "
+            "rfc3339(paused_at) as paused_at from pause order by owner_service, task_type, model_profile) rules"
+        )
+        return str(self.database.run(statement)[0][0])
 
     def pause(self, owners: Sequence[str] | None, types: Sequence[str] | None, profiles: Sequence[str] | None) -> str:
         """Pauses what is named; returns the rules in force as a JSON array."""
@@ -1469,19 +1483,24 @@ def refused_item(refusal: Refusal) -> dict[str, Any]:
 
 
 class BulkJobRetry(Resource):
-    """POST retries failed and cancelled jobs that fit a filter."""
+    """POST retries failed and cancelled jobs that fit a filter, or tells how many do."""
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         body = read_body(self.body(request), BulkRetry)
         wanted, statuses = body.filter, body.filter.status or ["failed", "cancelled"]
         limit = body.limit or MAX_BULK
-        ids = self.queue.list_ids(token_of(request).cut(attrs.evolve(wanted, status=statuses)), limit + 1)
+        wanted = token_of(request).cut(attrs.evolve(wanted, status=statuses))
+        if body.dry_run:
+            matched = self.queue.count(wanted)
+            send(response, f'{{"retried":0,"more":{"true" if matched > limit else "false"},"matched":{matched}}}')
+            return
+        ids = self.queue.list_ids(wanted, limit + 1)
         retried = self.queue.retry(ids[:limit], statuses).count("ok") if ids else 0
         self.room.became_ready()
         send(response, f'{{"retried":{retried},"more":{"true" if len(ids) > limit else "false"}}}')
 
 
-class Pause(Resource):
+class PauseVerb(Resource):
     """POST pauses or resumes the handing out of jobs."""
 
     def __init__(self, service: "Service", act: Callable[..., str]) -> None:
@@ -1496,6 +1515,13 @@ class Pause(Resource):
         log.info("pauses_changed path=%r rules=%s", request.path, rules)
         self.room.became_ready()
         send(response, f'{{"paused":{rules}}}')
+
+
+class Pause(PauseVerb):
+    """GET lists what is paused, POST pauses more."""
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        send(response, f'{{"paused":{self.queue.pauses()}}}')
 
 
 class Stats(Resource):
@@ -1765,7 +1791,7 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     )
     app.add_route(f"{jobs}/{{job_id}}/cancel", JobVerb(service, Cancellation, lambda job_id, body: queue.cancel(job_id, body.reason or "")))
     app.add_route("/api/v1/pause", Pause(service, queue.pause))
-    app.add_route("/api/v1/resume", Pause(service, queue.resume))
+    app.add_route("/api/v1/resume", PauseVerb(service, queue.resume))
     app.add_route("/api/v1/stats", Stats(service))
     app.add_route("/api/v1/workers", Workers(service))
     app.add_route("/api/v1/providers/status", ProvidersStatus(service))

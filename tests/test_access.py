@@ -60,6 +60,7 @@ GET    /metrics                          401    401   403 403   403    403      
 GET    /openapi.json                     200    200   200 200   200    200       200     200
 GET    /docs                             200    200   200 200   200    200       200     200
 GET    /                                 200    200   200 200   200    200       200     200
+GET    /api/v1/pause                     401    401   403 403   403    403       200     200
 POST   /api/v1/pause                     401    401   403 403   403    403       403     200
 POST   /api/v1/resume                    401    401   403 403   403    403       403     200
 """
@@ -373,6 +374,8 @@ def test_a_bulk_retry_does_not_reach_past_the_owners_of_the_token(by: Mapping[st
     def retried(**wanted: Any) -> int:
         return int(by["own"].post("/api/v1/jobs/retry", {"filter": {"task_type": desk.task_type, **wanted}}).json["retried"])
 
+    dry = {"filter": {"task_type": desk.task_type}, "dry_run": True}
+    assert [by[who].post("/api/v1/jobs/retry", dry).json["matched"] for who in ("own", "other", "operator")] == [1, 1, 2]
     assert retried(owner_service="monitoring") == 0
     assert retried(owner_service=["monitoring", "telephony"]) == 1
     assert [desk.look(job)["status"] for job in two] == ["pending", "cancelled"]

@@ -392,7 +392,7 @@ METHODS = [
     *(("GET", f"/api/v1/jobs/{UNKNOWN}/{verb}", {"POST"}) for verb in FOR_ONE),
     ("POST", "/api/v1/stats", {"GET"}),
     ("POST", "/api/v1/workers", {"GET"}),
-    ("GET", "/api/v1/pause", {"POST"}),
+    ("GET", "/api/v1/resume", {"POST"}),
     ("POST", "/healthz", {"GET"}),
     ("DELETE", "/readyz", {"GET"}),
     ("PUT", "/api/v1/stats?window_seconds=3600", {"GET"}),

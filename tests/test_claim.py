@@ -422,6 +422,20 @@ def test_paused_jobs_are_not_handed_out_until_resumed(corner: Corner, by: str) -
     assert ids(corner.claim()) == [job["id"]]
 
 
+def test_what_is_paused_is_listed_where_there_are_no_jobs_too(corner: Corner) -> None:
+    def mine() -> list[dict[str, Any]]:
+        return [rule for rule in corner.api.get("/api/v1/pause").json["paused"] if corner.mark in str(rule)]
+
+    assert mine() == []
+    names = {"model_profiles": [corner.model_profile], "owner_services": [corner.owner_service]}
+    corner.api.post("/api/v1/pause", names)
+    [rule] = mine()
+    assert rule.pop("paused_at").endswith("Z")
+    assert rule == {"owner_service": corner.owner_service, "task_type": None, "model_profile": corner.model_profile}
+    corner.api.post("/api/v1/resume", names)
+    assert mine() == []
+
+
 @pytest.mark.parametrize("by", PAUSES)
 def test_a_pause_holds_for_combinations_first_seen_after_it(corner: Corner, by: str) -> None:
     names = {by: [getattr(corner, by.removesuffix("s"))]}

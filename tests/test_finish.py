@@ -311,6 +311,20 @@ def test_a_retry_of_many_takes_those_that_match(corner: Corner) -> None:
     assert [corner.look(job)["status"] for job in (*others, *running)] == ["failed", "failed", "running", "running"]
 
 
+def test_a_dry_run_of_many_tells_how_many_match_and_changes_nothing(corner: Corner) -> None:
+    corner.batch([{} for _ in range(4)])
+    *failing, cancelled = corner.claim(limit=4)
+    for job in failing:
+        corner.done(job, "fail", category="timeout")
+    corner.done(cancelled, "cancel")
+    asked = {"filter": {"owner_service": corner.owner_service}, "limit": 2, "dry_run": True}
+    for _ in range(2):
+        assert corner.api.post("/api/v1/jobs/retry", asked).json == {"retried": 0, "more": True, "matched": 4}
+    asked = {"filter": {"owner_service": corner.owner_service, "error_category": "timeout"}, "dry_run": True}
+    assert corner.api.post("/api/v1/jobs/retry", asked).json == {"retried": 0, "more": False, "matched": 3}
+    assert corner.claim(limit=10) == []
+
+
 def test_a_retry_of_many_says_whether_more_are_left(corner: Corner) -> None:
     corner.batch([{} for _ in range(5)])
     for job in corner.claim(limit=5):

@@ -306,12 +306,15 @@ def follow_many(told: Told, corner: Corner) -> None:
         assert [item["status"] for item in answer.json["jobs"]] == [200, 409, 422]
     told("POST", f"{JOBS}/get", {"ids": [UNKNOWN, *(job["id"] for job in jobs)]})
     assert told("GET", JOBS, query=f"?owner_service={corner.owner_service}&limit=1").json["next_cursor"]
+    dry = {"filter": {"owner_service": corner.owner_service, "status": "failed"}, "dry_run": True}
+    assert told("POST", f"{JOBS}/retry", dry).json["matched"] == 1
     assert told("POST", f"{JOBS}/retry", {"filter": {"owner_service": corner.owner_service, "status": "failed"}}).json["retried"] == 1
 
 
 def look_around(told: Told, corner: Corner) -> None:
     """What operators ask, while there is something of everything."""
     assert told("POST", "/api/v1/pause", {"model_profiles": [corner.model_profile]}).json["paused"]
+    assert told("GET", "/api/v1/pause").json["paused"]
     told("POST", "/api/v1/resume", {"model_profiles": [corner.model_profile]})
     stats = told("GET", "/api/v1/stats", query="?window_seconds=604800").json
     assert stats["errors"]
