@@ -290,6 +290,14 @@ class Page:
 
 
 @frozen
+class TextPage:
+    """The same as the texts that the service answered, each a JSON object."""
+
+    jobs: tuple[RawJSON, ...]
+    next_cursor: str | None = None
+
+
+@frozen
 class Lease:
     """A lease as a heartbeat left it."""
 
@@ -299,10 +307,11 @@ class Lease:
 
 @frozen
 class Retried:
-    """How many jobs a bulk retry sent back to pending, and whether more match."""
+    """How many jobs a bulk retry sent back to pending, and whether more match; `matched` is how many do, counted by a dry run only."""
 
     retried: int
     more: bool
+    matched: int | None = None
 
 
 @frozen
@@ -330,6 +339,11 @@ def _structure(fields: Mapping[str, RawJSON], kind: type[T]) -> T:
         return _converter.structure(values, kind)
     except (cattrs.BaseValidationError, TypeError, ValueError, KeyError) as error:
         raise NotJSON(f"not a {kind.__name__}: {type(error).__name__}") from None
+
+
+def job_of(text: RawJSON) -> Job:
+    """The job that a text of the service describes. Raises UnexpectedAnswer."""
+    return _parsed(lambda: _structure(split_object(text.text.encode()), Job))
 
 
 # ---------------------------------------------------------------- what the service is told
@@ -743,10 +757,20 @@ class AIService:
         answer = self._post("/api/v1/jobs/batch", {"jobs": _array_text([job._fields() for job in jobs])})
         return self._read(answer, Batch)
 
+    def create_from(self, jobs: Sequence[Mapping[str, Any]]) -> Batch:
+        """The same of fields as the service reads them, Python values or RawJSON. Raises ValueError for a job without idempotency_key."""
+        if not all("idempotency_key" in job for job in jobs):
+            raise ValueError("each job needs an idempotency_key: the call is repeated when its answer is lost")
+        return self._read(self._post("/api/v1/jobs/batch", {"jobs": _array_text(jobs)}), Batch)
+
     def get_job(self, job_id: str, *, wait_seconds: float = 0.0, include_input: bool = False) -> Job:
         """The job as it is; with `wait_seconds` (60 at most) once it has finished, or earlier."""
         query = _given(wait_seconds=wait_seconds or None, include="input" if include_input else None)
         return self._job(self._get(_job_path(job_id), query, wait_seconds))
+
+    def get_text(self, job_id: str, *, include_input: bool = False) -> RawJSON:
+        """The job as it is, as the text that the service answered."""
+        return _text(self._get(_job_path(job_id), _given(include="input" if include_input else None)))
 
     def wait_for_job(self, job_id: str, timeout_seconds: float) -> Job:
         """The job once it has finished. Raises TimeoutError when it has not within `timeout_seconds`."""
@@ -769,9 +793,13 @@ class AIService:
 
     def list_jobs(self, jobs: JobFilter | None = None, *, limit: int = 100, cursor: str | None = None) -> Page:
         """One page of up to 500 jobs, newest first, without their payloads."""
-        query = {**(jobs or JobFilter())._fields(), "limit": limit, **_given(cursor=cursor)}
-        answer = self._get("/api/v1/jobs", query)
+        answer = self._listed(jobs, limit, cursor)
         return Page(tuple(map(self._job, _items(answer, "jobs"))), _field(answer, "next_cursor"))
+
+    def list_texts(self, jobs: JobFilter | None = None, *, limit: int = 100, cursor: str | None = None) -> TextPage:
+        """The same page as texts."""
+        answer = self._listed(jobs, limit, cursor)
+        return TextPage(tuple(map(_text, _items(answer, "jobs"))), _field(answer, "next_cursor"))
 
     def iter_jobs(self, jobs: JobFilter | None = None, *, page_size: int = 500) -> Iterator[Job]:
         """All jobs that match, newest first, fetched page by page."""
@@ -789,10 +817,10 @@ class AIService:
         job_id = job.id if isinstance(job, Job) else job
         return self._job(self._post(_job_path(job_id, "retry"), {"from": wanted}))
 
-    def retry_many(self, jobs: JobFilter, *, limit: int = 1000) -> Retried:
-        """Send up to 1,000 jobs that match back to pending. Not repeated by itself when its answer is lost."""
-        body = {"filter": jobs._fields(), "limit": limit}
-        return self._read(self._post("/api/v1/jobs/retry", body, repeatable=False), Retried)
+    def retry_many(self, jobs: JobFilter, *, limit: int = 1000, dry_run: bool = False) -> Retried:
+        """Send up to 1,000 jobs that match back to pending, or count them all. Not repeated by itself when its answer is lost."""
+        body = {"filter": jobs._fields(), "limit": limit, **_given(dry_run=dry_run or None)}
+        return self._read(self._post("/api/v1/jobs/retry", body, repeatable=dry_run), Retried)
 
     def cancel(self, job_id: str, reason: str | None = None) -> Job:
         """Cancel a pending or running job. Raises InvalidState when it has completed or failed."""
@@ -896,6 +924,10 @@ class AIService:
         """Undo a pause; the same arguments."""
         return self._decoded(self._post("/api/v1/resume", _chosen(model_profiles, task_types, owner_services)))
 
+    def pauses(self) -> list[dict[str, Any]]:
+        """What is paused, as rules; null in one is any."""
+        return list(self._decoded(self._get("/api/v1/pause"))["paused"])
+
     def stats(self, window_seconds: int | None = None) -> dict[str, Any]:
         """Queue and error counters; the window is 3600, 86400 (default) or 604800."""
         return self._decoded(self._get("/api/v1/stats", _given(window_seconds=window_seconds)))
@@ -927,6 +959,9 @@ class AIService:
 
     def _get(self, path: str, query: Mapping[str, Any] | None = None, wait_seconds: float = 0.0) -> bytes:
         return self._call("GET", path + ("?" + urlencode(query, doseq=True) if query else ""), wait_seconds=wait_seconds)
+
+    def _listed(self, jobs: JobFilter | None, limit: int, cursor: str | None) -> bytes:
+        return self._get("/api/v1/jobs", {**(jobs or JobFilter())._fields(), "limit": limit, **_given(cursor=cursor)})
 
     def _post(self, path: str, fields: Mapping[str, Any], *, repeatable: bool = True, wait_seconds: float = 0.0) -> bytes:
         return self._call("POST", path, object_text(fields).encode(), repeatable=repeatable, wait_seconds=wait_seconds)
@@ -1006,6 +1041,10 @@ def _parsed(parse: Callable[[], T]) -> T:
         return parse()
     except (NotJSON, KeyError) as error:
         raise UnexpectedAnswer(None, "unexpected_answer", "not an answer of this service", str(error)) from None
+
+
+def _text(answer: bytes) -> RawJSON:
+    return _parsed(lambda: _raw(msgspec.Raw(answer)))
 
 
 def _items(answer: bytes, name: str) -> list[bytes]:

@@ -1882,6 +1882,24 @@ def check(settings: Settings) -> int:
     return 0 if ready else 1
 
 
+def migrate_database(settings: Settings) -> int:
+    """Applies `schema.sql`, prints from which version to which. 0 where the database has it, 1 where it refuses, 3 where it is away."""
+    database = Database(settings.database_url, settings.database_schema, 1, settings.database_pool_mode)
+    where = f"database {settings.database_url.shown}, schema {settings.database_schema}"
+    try:
+        before = schema_version(database)
+        migrate(database)
+        after = schema_version(database)
+    except (Refusal, pg8000.native.DatabaseError) as error:
+        reason = error.reason or error.detail if isinstance(error, Refusal) else error.args[0].get("M", "")
+        print(printable(f"ai-service: {where}: {reason}"), file=sys.stderr)
+        return 3 if isinstance(error, DatabaseUnavailable | DatabaseBusy) else 1
+    finally:
+        database.close()
+    print(f"{where}: " + (f"version {after} was there already" if before == after else f"version {before} → {after}"))
+    return 0
+
+
 def check_worker(environ: Mapping[str, str]) -> int:
     """Prints what a worker would find, which has no database: the providers. 0 where a job could be run."""
     print(f"ai-service {__version__}")
@@ -1899,7 +1917,8 @@ def _print_providers(listed: Sequence[providers.Listed]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `ai-service`. Returns 0, 1 where it failed, or 2 for wrong usage or settings."""
+    """The command `ai-service`. Returns 0, 1 where it failed, or 2 for wrong usage or settings; `ai_cli.EXIT_CODES` has the rest."""
+    words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="ai-service", description="Owns the life of AI jobs; settings come from the environment.")
     parser.add_argument("--version", action="version", version=f"ai-service {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1909,7 +1928,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("worker", help="claim jobs and run them on the configured providers")
     commands.add_parser("check", help="check settings, database, schema and providers")
     commands.add_parser("demo", help="show jobs going in and results coming back")
-    options = parser.parse_args(arguments)
+    commands.add_parser("migrate", help="apply schema.sql to the database in DATABASE_URL")
+    if words[:1] not in (["serve"], ["worker"]):
+        import ai_cli  # processes that stay have no use for it
+
+        ai_cli.add_commands(commands)
+        parser.epilog, parser.formatter_class = ai_cli.EXIT_CODES, argparse.RawDescriptionHelpFormatter
+    options = parser.parse_args(words)
+    if "act" in options:
+        return ai_cli.run(options)
     if options.command == "serve" and options.data and not options.embedded:
         parser.error("--data is the folder of the embedded PostgreSQL: it goes with --embedded")
     log_to_stderr()
@@ -1930,7 +1957,7 @@ def _run(options: argparse.Namespace) -> int:
         return _serve_embedded(options.data)
     if options.command == "check" and not os.environ.get("DATABASE_URL", "").strip():
         return check_worker(os.environ)
-    return _with_settings(os.environ, serve if options.command == "serve" else check)
+    return _with_settings(os.environ, {"serve": serve, "check": check, "migrate": migrate_database}[options.command])
 
 
 def _serve_embedded(folder: Path | None) -> int:

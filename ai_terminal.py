@@ -1,0 +1,219 @@
+"""What the command line shows: tables, times, JSON, and how far something is.
+
+What callers wrote reaches a terminal as printable text; JSON keeps its meaning there, with every character that is not to be seen written
+as an escape, and goes as it is into a file or a pipe.
+
+Sections: tables, numbers and times, output, progress.
+"""
+
+import os
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TextIO
+
+import attrs
+
+from ai_log import printable
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NARROWEST = 8
+
+
+@attrs.frozen
+class Column:
+    """A column of a table: what stands over it, and how it is laid out. Numbers stand on the right, and are never cut.
+
+    Where the terminal is too narrow, the columns with the highest `spare` are left out first, those without it never.
+    """
+
+    head: str
+    right: bool = attrs.field(default=False, kw_only=True)
+    whole: bool = attrs.field(default=attrs.Factory(lambda self: self.right, takes_self=True), kw_only=True)
+    spare: int = attrs.field(default=0, kw_only=True)
+
+
+class Table:
+    """Rows as aligned lines, cut to the width of the terminal where they go to one; further rows may follow, and widen it."""
+
+    def __init__(self, *columns: Column) -> None:
+        self._columns, self._widths = columns, [_width(column.head) for column in columns]
+        self._places: Sequence[int] = ()
+
+    def lines(self, rows: Iterable[Sequence[str]]) -> Iterator[str]:
+        """The lines of the head, once, and of the rows."""
+        cells = [[printable(cell) for cell in row] for row in rows]
+        for row in cells:
+            self._widths = [max(width, _width(cell)) for width, cell in zip(self._widths, row, strict=True)]
+        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        has_head, self._places = bool(self._places), self._places or self._shown(room)
+        widths = self._fitted(room)
+        if not has_head:
+            yield self._line([column.head for column in self._columns], widths)
+        yield from (self._line(row, widths) for row in cells)
+
+    def _shown(self, room: int | None) -> Sequence[int]:
+        """The places of the columns that have room."""
+        places = list(range(len(self._columns)))
+        while room is not None and sum(self._least(place) + 2 for place in places) - 2 > room:
+            spare = max(places, key=lambda place: self._columns[place].spare)
+            if not self._columns[spare].spare:
+                break
+            places.remove(spare)
+        return places
+
+    def _least(self, place: int) -> int:
+        return self._widths[place] if self._columns[place].whole else min(self._widths[place], NARROWEST)
+
+    def _fitted(self, room: int | None) -> Mapping[int, int]:
+        widths = {place: self._widths[place] for place in self._places}
+        while room is not None and sum(widths.values()) + 2 * (len(widths) - 1) > room:
+            wide = [place for place in widths if widths[place] > self._least(place)]
+            if not wide:
+                break
+            widths[max(wide, key=widths.__getitem__)] -= 1
+        return widths
+
+    def _line(self, cells: Sequence[str], widths: Mapping[int, int]) -> str:
+        return "  ".join(_laid(cells[place], width, self._columns[place]) for place, width in widths.items()).rstrip()
+
+
+def _laid(cell: str, width: int, column: Column) -> str:
+    cut = cell if _width(cell) <= width else _cut(cell, width - 1) + "…"
+    space = " " * (width - _width(cut))
+    shown = painted(cut) if column.head == "STATUS" else cut
+    return space + shown if column.right else shown + space
+
+
+def _width(text: str) -> int:
+    """How many columns a terminal takes for it."""
+    return len(text) if text.isascii() else sum(map(_width_of, text))
+
+
+def _width_of(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _cut(text: str, width: int) -> str:
+    taken, used = "", 0
+    for character in text:
+        used += _width_of(character)
+        if used > width:
+            break
+        taken += character
+    return taken
+
+
+# ── Numbers and times ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def duration_text(seconds: float | None) -> str:
+    """A duration as short as can be: 3.2s, 47s, 12m, 5h, 9d."""
+    if seconds is None:
+        return "-"
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    for unit, length in (("s", 60), ("m", 3600), ("h", 2 * 86_400)):
+        if seconds < length * (2 if unit == "s" else 1):
+            return f"{seconds / {'s': 1, 'm': 60, 'h': 3600}[unit]:.0f}{unit}"
+    return f"{seconds / 86_400:.0f}d"
+
+
+def ago(at: datetime | None) -> str:
+    # Another clock wrote it, which may be ahead of this one.
+    return duration_text(max(0.0, (datetime.now(UTC) - at).total_seconds())) if at else "-"
+
+
+def ago_text(text: str) -> str:
+    return ago(datetime.fromisoformat(text))
+
+
+def moment_text(at: datetime | None) -> str:
+    return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if at else "-"
+
+
+# ── Output ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PAINTS = {"failed": 31, "unavailable": 31, "completed": 32, "ok": 32, "degraded": 33, "running": 36, "cancelled": 2}
+
+
+def painted(status: str) -> str:
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\x1b[{PAINTS[status]}m{status}\x1b[0m" if is_coloured and status in PAINTS else printable(status)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def print_json(text: str, end: str = "\n") -> None:
+    sys.stdout.write((_escaped(text) if sys.stdout.isatty() else text) + end)
+
+
+def _escaped(text: str) -> str:
+    """The same JSON without characters that are not to be seen: outside of strings there are none but line ends and tabs."""
+    return re.sub(r"[^\n\t -~]", lambda found: found[0] if found[0].isprintable() else _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    units = character.encode("utf-16-be")
+    return "".join(f"\\u{units[place]:02x}{units[place + 1]:02x}" for place in range(0, len(units), 2))
+
+
+# ── Progress ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Progress:
+    """How far something is, on a terminal: a line on stderr that is drawn anew. `total` is what `at` counts up to, None where unknown."""
+
+    def __init__(self, total: int | None, unit: str, beside: TextIO | None = None) -> None:
+        # Where the output goes to the same terminal, it would stand between the lines.
+        self._is_shown = sys.stderr.isatty() and not (beside and beside.isatty())
+        self._total, self._unit = total, unit
+        self.done = 0
+        self._began_at = time.monotonic()
+        self._drawn_at = 0.0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def at(self, done: int, note: str = "") -> None:
+        """Draws it, ten times a second at most."""
+        self.done, now = done, time.monotonic()
+        if not self._is_shown or now - self._drawn_at < 0.1:
+            return
+        self._drawn_at = now
+        rate = done / max(now - self._began_at, 0.001)
+        shown = f"{note or f'{done:,} {self._unit}, {rate:,.0f}/s'}"
+        self._write(f"\r{self._bar(done)}{shown}\x1b[K")
+
+    def say(self, line: str) -> None:
+        """A line for good, above it."""
+        self.clear()
+        print(printable(line), file=sys.stderr)
+
+    def clear(self) -> None:
+        """Takes it away."""
+        if self._is_shown and self._drawn_at:
+            self._write("\r\x1b[K")
+
+    def _bar(self, done: int) -> str:
+        if not self._total:
+            return ""
+        share = min(1.0, done / self._total)
+        return f"[{'#' * int(30 * share):<30}] {share:4.0%}  "
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
