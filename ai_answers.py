@@ -488,7 +488,7 @@ WORDS: Mapping[str, str] = {
     "task_types": "Task types; any where absent.",
     "title": "The same sentence for all refusals of this code.",
     "total_tokens": "Tokens in all.",
-    "traceparent": "The caller's W3C trace context.",
+    "traceparent": "The caller's W3C trace context; that of the request's header where a job comes without.",
     "type": "The code as a URN.",
     "usage": "What the attempt used, at most 4,096 bytes; other members are kept as they are. Absent is not zero.",
     "Stats.usage": "What was used within the window.",

@@ -466,7 +466,8 @@ class FieldError:
 class ServiceError(Exception):
     """The service refused a call or could not be reached; `status` is None where no answer came.
 
-    `retryable` tells whether the same call may succeed later, `retry_after_seconds` when, if the service said so.
+    `retryable` tells whether the same call may succeed later, `retry_after_seconds` when, if the service said so. By `request_id` the
+    service's log tells of the call.
     """
 
     status: int | None
@@ -476,11 +477,13 @@ class ServiceError(Exception):
     errors: tuple[FieldError, ...] = ()
     retryable: bool = False
     retry_after_seconds: float | None = None
+    request_id: str | None = None
 
     def __str__(self) -> str:
         status = [str(self.status)] if self.status else []
         problems = [f"{error.path}: {error.message}" for error in self.errors]
-        return "; ".join([" ".join([*status, self.code]), *filter(None, (self.title, self.detail)), *problems])
+        request = [f"request {self.request_id}"] if self.request_id else []
+        return "; ".join([" ".join([*status, self.code]), *filter(None, (self.title, self.detail)), *problems, *request])
 
 
 class ServiceUnavailable(ServiceError):
@@ -579,7 +582,9 @@ def _field_errors(errors: object) -> tuple[FieldError, ...]:
 
 
 def _error_of(response: urllib3.BaseHTTPResponse) -> ServiceError:
-    return service_error(response.status, _problem(response.data), _retry_after(response.headers.get("Retry-After")))
+    error = service_error(response.status, _problem(response.data), _retry_after(response.headers.get("Retry-After")))
+    error.request_id = response.headers.get("X-Request-ID")
+    return error
 
 
 def _problem(body: bytes) -> Mapping[str, Any]:
@@ -1345,7 +1350,8 @@ class _Here:
             if not reason or self._quiet_until.get((what, reason), 0.0) > time.monotonic():
                 return
             self._quiet_until[what, reason] = time.monotonic() + _LOG_SECONDS
-        log.warning("handover_%s reason=%s task_type=%s error=%s", what, reason, task_type, _kind_of(error))
+        event = f"handover_{what} reason=%s task_type=%s error=%s"
+        log.warning(event, reason, task_type, _kind_of(error))
 
     def stats(self, task_type: str | None) -> HandoverStats:
         """The counters of one task type, or of all."""

@@ -1,14 +1,41 @@
-"""The log and the terminal: one line for each event, whoever had a say in its text.
+"""The log and the terminal: one line for each event, as text or as JSON, whoever had a say in its text.
+
+An event is logged as `log.info("job_lost id=%s code=%s", …)`: what happened, in the past tense, and pairs. The members of its JSON are the
+pairs of the format string, so nothing that is sent makes another. What is known of the work at hand, as the id of the request, is `about`
+it and comes with every event.
 
 What callers, model services and proxies send may stand in an event. A line end in it would forge another event, an escape sequence would
-reach the terminal of who reads it: both are written as escapes, and every line of a traceback begins with a bar.
+reach the terminal of who reads it: both are written as escapes, and in text every line of a traceback begins with a bar.
 """
 
+import functools
+import json
 import logging
+import math
+import os
+import random
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+log = logging.getLogger("ai_service.process")
 
 _ExceptionInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+TEXT, JSON = "text", "json"
+
+
+def read_log_format(text: str) -> str:
+    """A LOG_FORMAT. Raises ValueError."""
+    if text not in (TEXT, JSON):
+        raise ValueError("must be text or json")
+    return text
 
 
 def printable(text: str) -> str:
@@ -20,20 +47,147 @@ def _printable(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
+# ── What the work at hand is about ───────────────────────────────────────────────────────────────────────────────────────────────
+
+_about: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039  nobody changes it, it is replaced
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/@+=-]{1,128}")
+
+
+@contextmanager
+def about(**facts: str | None) -> Iterator[None]:
+    """Within it every event of this thread has these facts beside those it had; None is no fact."""
+    before = _about.set({**_about.get(), **{name: fact for name, fact in facts.items() if fact}})
+    try:
+        yield
+    finally:
+        _about.reset(before)
+
+
+def begin_request(given: str | None, **facts: str) -> str:
+    """From now on this thread works for a request: the id it came with, or one that is made where it came with none that may be shown."""
+    request_id = given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
+    _about.set({"request_id": request_id, **facts})
+    return request_id
+
+
+def request_id() -> str:
+    """The id of the request that this thread works for; empty for none."""
+    return _about.get().get("request_id", "")
+
+
+# ── An event as a line ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 class LineFormatter(logging.Formatter):
     """Makes of each event one line, and of its traceback lines that cannot be taken for events."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the name in logging
         """The event as a line."""
-        return printable(super().formatMessage(record))
+        facts = "".join(f" {name}={fact}" for name, fact in _about.get().items())
+        return printable(super().formatMessage(record) + facts)
 
     def formatException(self, ei: _ExceptionInfo) -> str:  # noqa: N802  the name in logging
         """The traceback, behind bars."""
         return "\n".join(f"  | {printable(line)}" for line in super().formatException(ei).splitlines())
 
 
-def log_to_stderr() -> None:
-    """Begins to log, from INFO on; does nothing where somebody has begun before."""
+_PAIR = re.compile(r" (\w+)=(%[-+ #0]*\d*(?:\.\d+)?[sdrfg]|[^\s%=]+)")
+_EVENT = re.compile(rf"([a-z][a-z0-9_]*)((?:{_PAIR.pattern})*)")
+
+
+class JsonFormatter(logging.Formatter):
+    """Makes of each event one JSON object on one line.
+
+    It has `time`, `level`, `logger`, `event` and its pairs, numbers as numbers; what others log in their own words has a `message`
+    instead. A traceback is the member `exception`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The event as a line."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        head = {"time": at, "level": record.levelname, "logger": record.name}
+        members = _members(record)
+        members |= {name: fact for name, fact in _about.get().items() if name not in members}
+        members |= {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json_line(head | {name: value for name, value in members.items() if name not in head})
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """JSON of printable text: every other character is an escape; half a surrogate pair, which no JSON can say, is the text of one."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if text.isprintable() else "".join(_json_printable(character) for character in text)
+
+
+def _json_printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return f"\\\\u{ord(character):04x}" if "\ud800" <= character <= "\udfff" else json.dumps(character)[1:-1].replace("\x7f", "\\u007f")
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(message: str) -> tuple[str, list[tuple[str, str]]] | None:
+    """The name of an event, and its pairs as name and conversion; None for other words."""
+    match = _EVENT.fullmatch(message)
+    return (match[1], _PAIR.findall(match[2])) if match else None
+
+
+def _members(record: logging.LogRecord) -> dict[str, Any]:
+    """What an event tells. A stranger's whose arguments do not fit its words has its words only."""
+    pattern = _pattern(record.msg) if isinstance(record.msg, str) else None
+    try:
+        return _pairs(*pattern, record) if pattern else {"message": record.getMessage()}
+    except Exception:  # noqa: BLE001  it may raise anything, and the event must be told
+        return {"message": str(record.msg)}
+
+
+def _pairs(event: str, pairs: Sequence[tuple[str, str]], record: logging.LogRecord) -> dict[str, Any]:
+    given = iter(record.args if isinstance(record.args, tuple) else (record.args,))
+    values = {name: _value(said, next(given)) if said.startswith("%") else said for name, said in pairs}
+    return {"event": event} | values | {"event": event}
+
+
+def _value(conversion: str, value: Any) -> Any:
+    """A value as JSON has it: what the text would round is rounded, what it would quote stands as it is."""
+    if isinstance(value, float) and math.isfinite(value):
+        return float(conversion % value) if conversion[-1] in "fg" else value
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return list(value)
+    return conversion % (value,)
+
+
+# ── Logging to stderr ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def log_to_stderr(environ: Mapping[str, str] = os.environ) -> None:
+    """Begins to log, from INFO on, in the LOG_FORMAT of these settings; does nothing where somebody has begun before.
+
+    A format that is none is text here: the settings say what is wrong with it. Warnings of Python, and what ends a thread or the process,
+    are events too.
+    """
+    if logging.getLogger().handlers:
+        return
+    is_json = environ.get("LOG_FORMAT", "").strip() == JSON
     handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.setFormatter(JsonFormatter() if is_json else LineFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(capture=True)
+    sys.excepthook, threading.excepthook = _log_end_of_process, _log_end_of_thread
+
+
+def _log_end_of_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log.critical("process_broke", exc_info=(kind, error, trace))
+
+
+def _log_end_of_thread(broken: threading.ExceptHookArgs) -> None:
+    if broken.exc_value and not isinstance(broken.exc_value, SystemExit):
+        log.critical("thread_broke thread=%s", broken.thread and broken.thread.name, exc_info=broken.exc_value)
+
+
+def complain(title: str, problems: Sequence[str] = ()) -> None:
+    """Tells on stderr why a command cannot go on: people in words and lines, programs that read LOG_FORMAT=json in an event."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        log.error("command_refused reason=%s problems=%s", title, list(problems))
+    else:
+        print("\n  - ".join(map(printable, [f"{title}:" if problems else title, *problems])), file=sys.stderr)

@@ -372,8 +372,21 @@ ABOUT = """A durable queue for AI work. Callers create jobs, workers claim them,
 Times are RFC 3339 in UTC; durations are numbers in fields that end in `_seconds`. Payloads (`input`, `result`) come back as the same JSON \
 text, 500 levels deep at most. Every call may be repeated after a lost answer: create by `idempotency_key`, claim and finish by `claim_id`.
 
+Every answer has an `X-Request-ID`, by which the log tells of the request: the one that it came with, or one that was made.
+
 What is refused is answered with a problem: `code` is stable, `retryable` says whether a repeat may succeed, and `errors` names every \
 field that is wrong. Unknown fields and query parameters are refused."""
+
+
+_NOTED: Schema = {"type": "string", "pattern": "^[A-Za-z0-9._:/@+=-]{1,128}$"}
+REQUEST_ID = {"name": "X-Request-ID", "in": "header", "description": "Comes back if its form is right.", "schema": {"type": "string"}}
+REQUEST_ID_SENT = {"description": "By which the log tells of the request.", "required": True, "schema": _NOTED}
+TRACE = {
+    "name": "traceparent",
+    "in": "header",
+    "description": "A W3C trace context for the jobs that come without one of their own; ignored if it is none.",
+    "schema": {"type": "string"},
+}
 
 
 def document(version: str, status_of: Mapping[type[Refusal], int]) -> dict[str, Any]:
@@ -400,19 +413,21 @@ class _Document:
             "paths": paths,
             "components": {
                 "schemas": dict(sorted(self._schemas.named.items())),
+                "parameters": {"RequestId": REQUEST_ID, "Trace": TRACE},
+                "headers": {"RequestId": REQUEST_ID_SENT},
                 "securitySchemes": {"bearerAuth": {"type": "http", "scheme": "bearer", "description": TOKENS}},
             },
         }
 
     def _operation(self, path: str, operation: Operation) -> dict[str, Any]:
         answers = {str(status): self._answer(status, kind) for status, kind in operation.answers.items()}
-        parameters = [*self._path_parameters(path), *self._query_parameters(operation)]
+        parameters = [*self._path_parameters(path), *self._query_parameters(operation), *_header_parameters(operation)]
         return {
             "operationId": operation.name,
             "tags": [operation.group],
             "summary": operation.summary,
             **_text(operation.about),
-            **({"parameters": parameters} if parameters else {}),
+            "parameters": parameters,
             **({"requestBody": self._body(operation.body)} if operation.body else {}),
             "responses": answers | self._refused(path, operation),
             **({} if _is_guarded(path) else {"security": []}),
@@ -438,13 +453,13 @@ class _Document:
         return {"required": required, "content": {"application/json": {"schema": schema}}}
 
     def _answer(self, status: int, kind: type[Any] | str | None) -> dict[str, Any]:
-        answer: dict[str, Any] = {"description": HTTPStatus(status).phrase}
+        answer: dict[str, Any] = {"description": HTTPStatus(status).phrase, "headers": dict(_ANSWERED)}
         if isinstance(kind, str):
             answer["content"] = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}}}
         elif kind is not None:
             answer["content"] = {"application/json": {"schema": self._schemas.of(kind)}}
         if (status, kind) == (201, Job):
-            answer["headers"] = {"Location": {"description": "The path of the job.", "required": True, "schema": {"type": "string"}}}
+            answer["headers"]["Location"] = {"description": "The path of the job.", "required": True, "schema": {"type": "string"}}
             answer["content"]["application/json"]["example"] = NEW_JOB
         return answer
 
@@ -461,7 +476,7 @@ class _Document:
         retry_after = {"Retry-After": {"description": "Seconds after which to try again.", "required": True, "schema": {"type": "integer"}}}
         return {
             "description": "\n".join(f"`{refusal.code}`: {refusal.title()}" for refusal in refusals),
-            **({"headers": retry_after} if status == 503 else {}),
+            "headers": _ANSWERED | (retry_after if status == 503 else {}),
             "content": {"application/problem+json": {"schema": schema}},
         }
 
@@ -470,6 +485,14 @@ class _Document:
         known: dict[type[Refusal], int] = {**self._status_of, Refusal: 500}
         codes = [{"const": refusal.code, "title": refusal.title(), "description": str(status)} for refusal, status in known.items()]
         return {"type": "string", **_word(Problem, "code"), "oneOf": codes}
+
+
+_ANSWERED = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
+
+
+def _header_parameters(operation: Operation) -> list[dict[str, Any]]:
+    names = ["RequestId", *(["Trace"] if operation.body in (NewJob, Many(NewJob)) else [])]
+    return [{"$ref": f"#/components/parameters/{name}"} for name in names]
 
 
 def _is_guarded(path: str) -> bool:

@@ -19,6 +19,8 @@ import msgspec
 from cattrs.errors import AttributeValidationNote, IterableValidationError, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn
 
+from ai_trace import TRACEPARENT
+
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # JSON text that is passed through and never looked into.
@@ -299,7 +301,7 @@ Key = Annotated[str, text_of(1, 500)]
 UUID = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 Uuid = Annotated[str, matching(UUID.pattern)]
 Category = Annotated[str, matching("[a-z][a-z0-9_]{0,63}")]
-Traceparent = Annotated[str, matching("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")]
+Traceparent = Annotated[str, matching(TRACEPARENT)]
 Moment = Annotated[str, Check("a string", (str,), _accept_time, {"type": "string", "format": "date-time"})]
 Flag = Annotated[bool, Check("true or false", (bool,), lambda _: None, {"type": "boolean"})]
 Priority = Annotated[int, whole_number(-10, 10)]

@@ -30,7 +30,13 @@ import waitress.task
 import waitress.utilities
 import waitress.wasyncore
 
+from ai_log import begin_request
+from ai_trace import trace_id
+
 log = logging.getLogger("ai_service.server")
+# One line for each request, where LOG_REQUESTS asks for them.
+requests_log = logging.getLogger("ai_service.requests")
+requests_log.setLevel(logging.WARNING)
 
 # Beyond this, or as many as the system lets this process have, those that were silent longest are let go for new ones.
 MAX_CONNECTIONS = 10_000
@@ -112,9 +118,13 @@ GUARDS = (
 _GUARDED = [(b"\r\n" + guard.partition(b" ")[0], guard) for guard in GUARDS]
 
 
-def guarded(head: bytes) -> bytes:
-    """The head of an answer with what is missing of the guards. Done in bytes: waitress takes 2 µs for each header it is given."""
-    return b"".join([head[:-2], *[guard for name, guard in _GUARDED if name not in head], b"\r\n"])
+def completed(head: bytes, request_id: str) -> bytes:
+    """The head of an answer with what is missing of the guards, and with the id of its request.
+
+    Done in bytes: waitress takes 2 µs for each header it is given.
+    """
+    guards = [guard for name, guard in _GUARDED if name not in head]
+    return b"".join([head[:-2], *guards, b"X-Request-ID: ", request_id.encode(), b"\r\n\r\n"])
 
 
 # waitress has no types.
@@ -122,8 +132,9 @@ class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """What waitress refuses before the application sees it, as a problem body."""
 
     def build_response_header(self) -> bytes:
-        """The head of the answer, with its guards."""
-        return guarded(super().build_response_header())
+        """The head of the answer, completed."""
+        self.channel.status = self.status
+        return completed(super().build_response_header(), self.channel.request_id)
 
     def execute(self) -> None:
         """Writes the answer and closes the connection."""
@@ -171,7 +182,8 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
         """Leaves the head of the answer with the channel: it goes out with what is written next."""
         if self.channel.server.draining:
             self.request.headers["CONNECTION"] = "close"
-        self.channel.head = guarded(super().build_response_header())
+        self.channel.status = self.status
+        self.channel.head = completed(super().build_response_header(), self.channel.request_id)
 
     def write(self, data: bytes) -> None:
         """Sends a part of the body, or the head alone where there is none. A large one that finds no room becomes a refusal."""
@@ -285,6 +297,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     # Bytes that came and went; requests that came whole, and answers that were written.
     moved = ended = 0
     queued_at = 0.0
+    # Of the request that is being answered; no status before the head of its answer.
+    request_id = status = ""
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         self.loop = server.loop
@@ -334,15 +348,29 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     def service(self) -> None:
         """Answers a request, with a refusal where it waited long; those behind it are forgotten when the client has gone."""
-        if time.monotonic() - self.queued_at > QUEUE_SECONDS and not self.requests[0].error:
-            self.requests[0].error = Unavailable(NO_THREAD)
+        request, queued_at, self.status = self.requests[0], self.queued_at, ""
+        trace = request.headers.get("TRACEPARENT")
+        facts = {"trace_id": known} if trace and (known := trace_id(trace)) else {}
+        self.request_id = begin_request(request.headers.get("X_REQUEST_ID"), **facts)
+        if time.monotonic() - queued_at > QUEUE_SECONDS and not request.error:
+            request.error = Unavailable(NO_THREAD)
         super().service()
         self.ended += 1
+        if requests_log.isEnabledFor(logging.INFO):
+            self._log_answer(request, time.monotonic() - queued_at)
         if not self.connected:
             with self.requests_lock:
                 for request in self.requests:
                     request.close()
                 self.requests.clear()
+
+    def _log_answer(self, request: Any, seconds: float) -> None:
+        # A request line that cannot be read has neither; a client that had gone gets no status.
+        method, path = getattr(request, "command", None), getattr(request, "path", "")
+        status = int(self.status[:3]) if self.status else None
+        requests_log.info(
+            "request_answered method=%s path=%r status=%s seconds=%.3f client=%s", method, path, status, seconds, self.addr[0]
+        )
 
     def hold(self, count: int) -> None:
         """Keeps the room of an answer until its last byte was sent."""

@@ -42,7 +42,7 @@ import providers
 from ai_access import API, Door, Token, clashes, read_token_file, read_tokens, token_of
 from ai_database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
 from ai_database_url import DatabaseAddress, read_database_url
-from ai_log import log_to_stderr, printable
+from ai_log import about, complain, log_to_stderr, printable, read_log_format, request_id
 from ai_metrics import CONTENT_TYPE, Metrics, Move, Snapshot
 from ai_openapi import document
 from ai_requests import (
@@ -106,7 +106,8 @@ from ai_requests import (
     structure,
     text_of,
 )
-from ai_server import Server, listen
+from ai_server import Server, listen, requests_log
+from ai_trace import read_traceparent, trace_id
 from providers.settings import SettingsError, duration, flag, read_settings, setting, whole
 
 __version__ = "0.1.0"
@@ -186,6 +187,8 @@ class Settings:
     drain_seconds: float = setting("DRAIN_SECONDS", "from SIGTERM to the close of the listener", default="5", read=duration(0))
     retention: timedelta | None = setting("RETENTION", "how long finished jobs are kept, or `forever`", default="30d", read=_read_retention)
     log_level: str = setting("LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR", default="INFO", read=_read_log_level)
+    log_format: str = setting("LOG_FORMAT", "`text`, or `json`: an object on each line", default="text", read=read_log_format)
+    log_requests: bool = setting("LOG_REQUESTS", "a line for each request", default="false", read=flag)
     api_tokens: tuple[Token, ...] | None = setting(
         "API_TOKENS", "tokens, `name=role=secret; …`; without any everybody may do everything", read=read_tokens, secret=True
     )
@@ -233,6 +236,12 @@ class JobText:
     def owner_service(self) -> str:
         """Whose it is. The name needs no escapes, and nothing before it is of the caller's making."""
         return self.facts.partition('"owner_service":"')[2].partition('"')[0]
+
+    @property
+    def trace_id(self) -> str | None:
+        """The id of the caller's trace, if it has one; what stands behind it may be of a worker's making."""
+        value = self.facts.partition('"traceparent":')[2]
+        return trace_id(value[1:56]) if value.startswith('"') else None
 
     @property
     def is_finished(self) -> bool:
@@ -719,13 +728,21 @@ def _usage_columns(usages: Sequence[str | None]) -> dict[str, Any]:
     }
 
 
-def log_crash(what: str, error: Exception) -> None:
-    """Our own mistake. Of PostgreSQL's errors not the details, which may be values of a row."""
+def log_crash(event: str, error: Exception, *values: object) -> None:
+    """Our own mistake: an event and the values of its pairs. Of PostgreSQL's errors not the details, which may be values of a row."""
     if isinstance(error, pg8000.native.DatabaseError):
         fields = error.args[0] if isinstance(error.args[0], dict) else {}
-        log.error("%s sqlstate=%s error=%r", what, fields.get("C"), fields.get("M"))
+        event += " sqlstate=%s error=%r"
+        log.error(event, *values, fields.get("C"), fields.get("M"))
     else:
-        log.error("%s", what, exc_info=error)
+        log.error(event, *values, exc_info=error)
+
+
+def log_job(event: str, job: JobText | str, *values: object) -> None:
+    """What became of a job, to be found by the id of its caller's trace."""
+    if log.isEnabledFor(logging.DEBUG):
+        with about(trace_id=job.trace_id if isinstance(job, JobText) else None):
+            log.debug(event, *values)
 
 
 # ── Gathering ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -748,6 +765,7 @@ class _Call:
     size: int
     answer: Any = None
     is_next: bool = False
+    request_id: str = attrs.field(factory=request_id)
     # Taken by its maker, and released for it once: half the work of an Event.
     moved: threading.Lock = attrs.field(factory=_taken_lock)
 
@@ -807,7 +825,8 @@ class Gathering:
 
     def _answer(self, batch: Sequence[_Call]) -> None:
         try:
-            answers = self._act([call.item for call in batch])
+            with about(request_id=",".join(call.request_id for call in batch)):
+                answers = self._act([call.item for call in batch])
             for call, answer in zip(batch, answers, strict=True):
                 call.answer = answer
         except BaseException as error:  # noqa: BLE001 -- each caller gets it
@@ -841,6 +860,7 @@ class Ticket:
     # Released once, with the answer.
     answered: threading.Lock = attrs.field(factory=_taken_lock)
     parked: bool = False
+    request_id: str = attrs.field(factory=request_id)
 
     def __attrs_post_init__(self) -> None:
         self.filters = self.request.filters
@@ -955,7 +975,8 @@ class WaitingRoom:
         except Refusal as refusal:
             self._answer_all(refusal)
         except Exception as error:  # noqa: BLE001 -- told to the log
-            log_crash("claims_failed", error)
+            with about(request_id=_ids_of(list(self._tickets))):
+                log_crash("claims_failed", error)
             self._answer_all(Refusal())
 
     def _pause(self) -> float | None:
@@ -978,7 +999,8 @@ class WaitingRoom:
     def _claim_for_batch(self, batch: Sequence[Ticket]) -> bool:
         """One statement for tickets with the same filters; whether the last of them found nothing. Raises a Refusal that will pass."""
         try:
-            answers = self._queue.claim([ticket.request for ticket in batch])
+            with about(request_id=_ids_of(batch)):
+                answers = self._queue.claim([ticket.request for ticket in batch])
         except Refusal as refusal:
             if refusal.retry_after:
                 raise
@@ -1029,6 +1051,11 @@ class WaitingRoom:
     def _answer_all(self, refusal: Refusal) -> None:
         for ticket in list(self._tickets):
             self._leave(ticket, refusal)
+
+
+def _ids_of(tickets: Iterable[Ticket]) -> str:
+    """The ids of their requests, for the log."""
+    return ",".join(ticket.request_id for ticket in tickets)
 
 
 def _batches(tickets: list[Ticket]) -> Iterator[list[Ticket]]:
@@ -1123,7 +1150,7 @@ class Upkeep:
             self._failing.add(name)
             return False
         except Exception as error:  # noqa: BLE001 -- told to the log
-            log_crash(f"upkeep_failed step={name}", error)
+            log_crash("upkeep_failed step=%s", error, name)
             return False
         if name in self._failing:
             self._failing.remove(name)
@@ -1256,7 +1283,7 @@ def answer_falcon_error(request: falcon.Request, response: falcon.Response, erro
 
 def answer_crash(request: falcon.Request, response: falcon.Response, error: Exception, params: Any) -> None:
     """Our own mistake: told to the log, not to the caller."""
-    log_crash(f"request_failed method={request.method} path={request.path!r}", error)
+    log_crash("request_failed method=%s path=%r", error, request.method, request.path)
     answer_refusal(request, response, Refusal(), params)
 
 
@@ -1304,17 +1331,23 @@ class Resource:
         return job_id
 
 
+def traced(jobs: list[NewJob], request: falcon.Request) -> list[NewJob]:
+    """The jobs, those without a traceparent of their own with that of the request."""
+    trace = read_traceparent(request.get_header("traceparent"))
+    return [job if job.traceparent else attrs.evolve(job, traceparent=trace) for job in jobs] if trace else jobs
+
+
 class Jobs(Resource):
     """POST creates a job, GET lists them."""
 
     queried = ("GET",)
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        job = read_body(self.body(request), NewJob)
+        [job] = traced([read_body(self.body(request), NewJob)], request)
         token_of(request).assert_may_create([job])
         created, job_id, text = self.service.creating.call(job, len(job.input))
         self.room.became_ready([(job.model_profile, job.task_type, job.owner_service)])
-        log.debug("job_created id=%s new=%s", job_id, created)
+        log_job("job_created id=%s new=%s", text, job_id, created)
         response.location = f"/api/v1/jobs/{job_id}"
         send(response, text.render(), falcon.HTTP_201 if created else falcon.HTTP_200)
 
@@ -1331,7 +1364,7 @@ class JobBatch(Resource):
     """POST creates many jobs, all or none."""
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        jobs = read_batch(self.body(request))
+        jobs = traced(read_batch(self.body(request)), request)
         token_of(request).assert_may_create(jobs, "/jobs")
         made = self.queue.create(jobs)
         self.room.became_ready(list({(job.model_profile, job.task_type, job.owner_service) for job in jobs}))
@@ -1403,7 +1436,7 @@ class JobVerb(Resource):
         done = self.act(job_id, body)
         if self.kind is not Heartbeat:
             self.service.moved([job_id], requeued=self.kind in REQUEUING)
-        log.debug("job_called path=%r", request.path)
+        log_job("job_called path=%r", done, request.path)
         send(response, done if isinstance(done, str) else done.render())
 
 
@@ -1852,7 +1885,7 @@ def serve(settings: Settings) -> int:
     if settings.tokens:
         log.info("access_by_tokens tokens=%s", ", ".join(map(str, settings.tokens)))
     else:
-        log.warning("access_open: no tokens are configured, every caller may do everything")
+        log.warning("access_open reason=%r", "no tokens are configured, every caller may do everything")
     log.info(
         "service_started version=%s host=%s port=%d database=%s",
         __version__,
@@ -1892,7 +1925,7 @@ def migrate_database(settings: Settings) -> int:
         after = schema_version(database)
     except (Refusal, pg8000.native.DatabaseError) as error:
         reason = error.reason or error.detail if isinstance(error, Refusal) else error.args[0].get("M", "")
-        print(printable(f"ai-service: {where}: {reason}"), file=sys.stderr)
+        complain(f"ai-service: {where}: {reason}")
         return 3 if isinstance(error, DatabaseUnavailable | DatabaseBusy) else 1
     finally:
         database.close()
@@ -1939,7 +1972,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ai_cli.run(options)
     if options.command == "serve" and options.data and not options.embedded:
         parser.error("--data is the folder of the embedded PostgreSQL: it goes with --embedded")
-    log_to_stderr()
+    log_to_stderr(os.environ)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     return _run(options)
 
@@ -1967,7 +2000,7 @@ def _serve_embedded(folder: Path | None) -> int:
         with ai_embedded.embedded_postgres(folder or ai_embedded.default_folder()) as url:
             return _with_settings({**os.environ, "DATABASE_URL": url}, serve)
     except ai_embedded.EmbeddedError as error:
-        print(f"ai-service: {error}", file=sys.stderr)
+        complain(f"ai-service: {error}")
         return 1
 
 
@@ -1975,11 +2008,12 @@ def _with_settings(environ: Mapping[str, str], act: Callable[[Settings], int]) -
     try:
         settings = Settings.read(environ)
     except SettingsError as error:
-        print("ai-service: the settings cannot be used:\n" + "\n".join(f"  - {problem}" for problem in error.problems), file=sys.stderr)
+        complain("ai-service: the settings cannot be used", error.problems)
         return 2
     # Of the tokens this process keeps digests, and nothing that runs in it can read more.
     os.environ.pop("API_TOKENS", None)
     logging.getLogger().setLevel(settings.log_level)
+    requests_log.setLevel(logging.INFO if settings.log_requests else logging.WARNING)
     return act(settings)
 
 

@@ -17,6 +17,7 @@ Settings, beside those of the providers
     WORKER_DRAIN_SECONDS    how long running jobs may go on after SIGTERM: 20
     WORKER_SPOOL_DIR        where finished outcomes wait for the service: $XDG_STATE_HOME/ai-service/spool, or under ~/.local/state
     WORKER_SPOOL_MAX_BYTES  how much may wait there: 1073741824 (1 GiB)
+    LOG_FORMAT              text, or json: an object on each line; text
 
 Sections: settings, outcomes, the spool, delivery, jobs under way, the worker, the command.
 """
@@ -38,6 +39,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -67,7 +69,8 @@ from ai_client import (
     object_text,
     split_object,
 )
-from ai_log import log_to_stderr
+from ai_log import about, complain, log_to_stderr, read_log_format
+from ai_trace import child_of, span_id, trace_id
 from providers import (
     INTERNAL,
     INVALID_INPUT,
@@ -154,6 +157,8 @@ class Settings:
         "WORKER_SPOOL_MAX_BYTES", "how much may wait there, in bytes", default=str(1 << 30), read=whole(0, 1 << 50)
     )
 
+    log_format: str = setting("LOG_FORMAT", "`text`, or `json`: an object on each line", default="text", read=read_log_format)
+
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """The settings in `environ`. Raises SettingsError."""
@@ -182,6 +187,7 @@ class Outcome:
     message: str = field(default="", repr=False)
     retryable: bool = False
     delay_seconds: float | None = None
+    traceparent: str | None = None
 
     def text(self) -> str:
         """Its JSON; the result as the text it has."""
@@ -484,7 +490,8 @@ class Delivery:
     def _deliver(self, parcel: _Parcel) -> None:
         outcome = self._opened(parcel.content)
         if outcome is not None:
-            self._tell(outcome)
+            with about_span(outcome.traceparent):
+                self._tell(outcome)
         if isinstance(parcel.content, Path):
             self._spool.remove(parcel.content)
 
@@ -509,7 +516,8 @@ class Delivery:
         except (Conflict, NotFound) as error:
             if isinstance(error, NotFound) and error.code != "job_not_found":
                 raise
-            log.warning("outcome_came_too_late id=%s verb=%s code=%s", outcome.job_id, outcome.verb, error.code)
+            known = (outcome.job_id, outcome.verb, error.code, error.request_id)
+            log.warning("outcome_came_too_late id=%s verb=%s code=%s request_id=%s", *known)
         else:
             _log_outcome(outcome, status)
         self._watch.answered()
@@ -521,14 +529,26 @@ class Delivery:
             self._tell(failure)
 
 
+_ENDED = " id=%s task_type=%s model_profile=%s provider=%s attempt=%d seconds=%.3f status=%s"
+_ENDINGS = {
+    "complete": f"job_completed{_ENDED}",
+    "fail": f"job_failed{_ENDED} category=%s",
+    "release": f"job_released{_ENDED} category=%s",
+}
+
+
 def _log_outcome(outcome: Outcome, status: str) -> None:
-    event = {"complete": "job_completed", "fail": "job_failed", "release": "job_released"}[outcome.verb]
-    why = "" if outcome.verb == "complete" else f" category={outcome.category}"
-    what = f"id={outcome.job_id} task_type={outcome.task_type} model_profile={outcome.model_profile} provider={outcome.provider}"
-    log.info("%s %s attempt=%d seconds=%.3f status=%s%s", event, what, outcome.attempt, outcome.seconds, status, why)
+    why = () if outcome.verb == "complete" else (outcome.category,)
+    what = (outcome.job_id, outcome.task_type, outcome.model_profile, outcome.provider, outcome.attempt, outcome.seconds)
+    log.info(_ENDINGS[outcome.verb], *what, status, *why)
 
 
 # ---------------------------------------------------------------- jobs under way
+
+
+def about_span(traceparent: str | None) -> AbstractContextManager[None]:
+    """Within it every event has the ids of an attempt's trace and span, where it is part of one."""
+    return about(trace_id=trace_id(traceparent), span_id=span_id(traceparent))
 
 
 class Running:
@@ -539,6 +559,8 @@ class Running:
         self.cancelled = threading.Event()
         self.progress: Mapping[str, Any] | None = None
         self.given_up_at: float | None = None
+        # Of this attempt: a span of its own under the caller's.
+        self.traceparent = child_of(job.traceparent)
         self._provider = "none"
         self._started = time.monotonic()
         self._deadline = self._started + timeout_seconds
@@ -551,7 +573,8 @@ class Running:
     def lose(self, code: str) -> None:
         """The claim no longer holds the job: stop the work, report nothing."""
         if self.decide():
-            log.warning("job_lost id=%s task_type=%s provider=%s code=%s", self.job.id, self.job.task_type, self._provider, code)
+            with about_span(self.traceparent):
+                log.warning("job_lost id=%s task_type=%s provider=%s code=%s", self.job.id, self.job.task_type, self._provider, code)
         self.give_up()
 
     def give_up(self) -> None:
@@ -563,19 +586,22 @@ class Running:
         """The end of an attempt whose provider went on after its deadline; None for any other."""
         if time.monotonic() < self._deadline + OVERDUE_SECONDS or not self.decide():
             return None
-        log.error("job_overdue id=%s provider=%s", self.job.id, self._provider)
+        with about_span(self.traceparent):
+            log.error("job_overdue id=%s provider=%s", self.job.id, self._provider)
         return self._failed(NotNow(TIMEOUT, "the provider went on after its deadline and was left to itself"), retryable=True)
 
     def outcome(self, verb: Literal["complete", "fail", "release"], **fields: Any) -> Outcome:
         """An outcome of this attempt."""
         job = self.job
         known: dict[str, Any] = {"job_id": job.id, "claim_id": job.claim_id, "task_type": job.task_type, "model_profile": job.model_profile}
-        return Outcome(verb=verb, provider=self._provider, attempt=job.attempt, seconds=self._seconds(), **known, **fields)
+        known |= {"provider": self._provider, "attempt": job.attempt, "seconds": self._seconds(), "traceparent": self.traceparent}
+        return Outcome(verb=verb, **known, **fields)
 
     def execute(self) -> Outcome:
         """Let the providers of the profile try it in turn, until one has done some work. Whatever they do, this attempt has an outcome."""
         try:
-            return self._tried()
+            with about(job_id=self.job.id), about_span(self.traceparent):
+                return self._tried()
         except Exception as error:  # noqa: BLE001 -- what a stranger's code made of its outcome
             return self._failed(self._broken(error), retryable=True)
 
@@ -607,8 +633,8 @@ class Running:
         return result if isinstance(result, Result) else self._broken(TypeError("not a Result"))
 
     def _job(self) -> providers.Job:
-        names = ("id", "owner_service", "owner_ref", "task_type", "model_profile", "attempt", "max_attempts", "traceparent")
-        fields = {name: getattr(self.job, name) for name in names}
+        names = ("id", "owner_service", "owner_ref", "task_type", "model_profile", "attempt", "max_attempts")
+        fields = {"traceparent": self.traceparent, **{name: getattr(self.job, name) for name in names}}
         given: dict[str, Any] = {"deadline": self._deadline, "cancelled": self.cancelled, "report_progress": self._report_progress}
         return providers.Job(input=self._input(), **given, **fields)
 
@@ -658,7 +684,7 @@ class Running:
     def _broken(self, error: BaseException) -> NotNow:
         # The exception's text may hold a piece of the payload: its type and place must do.
         place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-1:])
-        log.error("provider_broke id=%s provider=%s error=%s%s", self.job.id, self._provider, type(error).__name__, place)
+        log.error("provider_broke id=%s provider=%s error=%s", self.job.id, self._provider, f"{type(error).__name__}{place}")
         return NotNow(INTERNAL, f"the provider raised {type(error).__name__}{place}")
 
     def _seconds(self) -> float:
@@ -952,11 +978,11 @@ def _version() -> str:
 
 def main(environ: Mapping[str, str]) -> int:
     """Run a worker until SIGTERM or SIGINT. 0 after a drain, 1 when it broke, 2 when its settings are wrong or no provider is set up."""
-    log_to_stderr()
+    log_to_stderr(environ)
     try:
         worker = _made(environ)
     except SettingsError as wrong:
-        sys.stderr.write("the worker cannot start:\n" + "".join(f"  {problem}\n" for problem in wrong.problems))
+        complain("the worker cannot start", wrong.problems)
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: worker.stop(signal.Signals(received).name))

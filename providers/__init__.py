@@ -233,7 +233,10 @@ class Job:
     max_attempts: int = 1
     """How many attempts the job may use."""
     traceparent: str | None = None
-    """The caller's W3C trace context, to pass on."""
+    """W3C trace context of this attempt, a span of its own in the caller's trace; None without one.
+
+    Send it to the model service as the header `traceparent` as it is: the spans there then belong to this attempt.
+    """
     deadline: float | None = None
     """When the run must have ended, on `time.monotonic()`'s clock; None = only the provider's own limit."""
     cancelled: threading.Event = attrs.field(factory=threading.Event, repr=False)

@@ -200,7 +200,7 @@ class Service:
             raise
 
     def _port(self) -> int | None:
-        found = re.search(r"service_started.*?\bport=(\d+)", self.log)
+        found = re.search(r"service_started.*?\bport(?:=|\": )(\d+)", self.log)
         return int(found[1]) if found else None
 
     def _read(self) -> None:

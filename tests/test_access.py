@@ -481,7 +481,9 @@ def test_each_operator_action_leaves_one_line(guarded: Service, by: Mapping[str,
 def audited(service: Service, path: str) -> list[str]:
     """Method, path and status of the audit lines from the first with this path on; each names the operator's token and the address."""
     lines = [line.partition("operator_action ")[2] for line in service.lines if "operator_action" in line]
-    found = [re.fullmatch(r"token=operator client=127\.0\.0\.1 method=(\w+) path=(\S+) status=(\d+)", line) for line in lines]
+    found = [
+        re.fullmatch(r"token=operator client=127\.0\.0\.1 method=(\w+) path=(\S+) status=(\d+) request_id=\w+", line) for line in lines
+    ]
     told = [" ".join(each.groups()) for each in found if each]
     assert len(told) == len(lines), lines
     return told[next((number for number, line in enumerate(told) if path in line), len(told)) :]

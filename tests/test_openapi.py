@@ -43,6 +43,11 @@ def operation_of(document: Mapping[str, Any], method: str, path: str) -> dict[st
     return dict(document["paths"][path][method.lower()])
 
 
+def parameters_of(document: Mapping[str, Any], operation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    common = document["components"]["parameters"]
+    return [common[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in operation["parameters"]]
+
+
 def validator(document: Mapping[str, Any], schema: Mapping[str, Any]) -> Draft202012Validator:
     return Draft202012Validator({**schema, "components": document["components"]}, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
@@ -85,7 +90,8 @@ def test_every_refusal_is_told_with_its_title_and_status(document: dict[str, Any
 def test_every_field_is_described_and_no_word_is_left_over(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     fields = {(name, field): each for name, schema in schemas.items() for field, each in schema.get("properties", {}).items()}
-    parameters = [each for operations in document["paths"].values() for one in operations.values() for each in one.get("parameters", [])]
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    parameters = [each for operation in operations for each in parameters_of(document, operation)]
     assert [field for field, each in fields.items() if not each.get("description")] == []
     assert [each["name"] for each in parameters if not each.get("description")] == []
     told = {each["description"] for each in (*fields.values(), *parameters)}
@@ -203,7 +209,8 @@ def test_the_service_reads_the_documented_query_parameters_and_no_others(
     api: Api, document: dict[str, Any], method: str, path: str
 ) -> None:
     answer = api.request(method, f"{path.format(job_id=UNKNOWN)}?{'&'.join(f'{name}=' for name in FIELDS)}")
-    documented = {each["name"] for each in operation_of(document, method, path).get("parameters", ()) if each["in"] == "query"}
+    parameters = parameters_of(document, operation_of(document, method, path))
+    documented = {each["name"] for each in parameters if each["in"] == "query"}
     if method == "HEAD":
         assert (answer.status, documented) == (422, set())
     else:
@@ -230,7 +237,9 @@ class Told:
         return answer
 
     def check(self, told: Mapping[str, Any], answer: Answer, method: str) -> None:
-        assert {name for name, each in told.get("headers", {}).items() if each["required"]} <= set(answer.headers), answer
+        common = self._document["components"]["headers"]
+        headers = {name: common[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for name, each in told["headers"].items()}
+        assert {name for name, each in headers.items() if each["required"]} <= set(answer.headers), answer
         if method == "HEAD" or "content" not in told:
             assert answer.body == b""
             return
