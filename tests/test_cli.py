@@ -468,6 +468,7 @@ def test_a_line_whose_refusal_names_no_line_is_found_among_the_others(cli: Cli, 
     assert ended.err == "line 18: The idempotency_key stands for another job.\n"
 
 
+@pytest.mark.long
 def test_a_line_that_is_too_long_for_anything_is_refused_and_the_next_one_read(cli: Cli, corner: Corner) -> None:
     endless = b'{"input":"' + b"x" * (65 << 20) + b'"}\n'
     large = json.dumps(corner.job(input="x" * (33 << 20))).encode() + b"\n"
@@ -582,6 +583,7 @@ def test_a_watch_draws_anew_within_the_terminal_and_ends_well_on_ctrl_c(cli: Cli
     assert "Traceback" not in shown.text
 
 
+@pytest.mark.long
 def test_a_watch_outlasts_a_service_that_is_away(cli: Cli, start_service: Callable[..., Service]) -> None:
     service = start_service()
     cli.environment["AI_SERVICE_URL"] = f"http://127.0.0.1:{service.api.port}"

@@ -76,6 +76,7 @@ def test_the_page_may_run_its_own_script_and_ask_the_service_and_nothing_else(ap
 TOKEN_IN_EXAMPLES = '-H "Authorization: Bearer $AI_SERVICE_TOKEN"'
 
 
+@pytest.mark.long
 def test_the_examples_carry_a_token_where_the_service_asks_for_one_and_the_route_does(
     browse: Callable[[str], str], api: Api, start_service: Callable[..., Service]
 ) -> None:

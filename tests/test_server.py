@@ -232,6 +232,7 @@ def stalled(service: Service, job: dict[str, Any], behind: bytes = b"") -> Itera
         yield connection
 
 
+@pytest.mark.long
 def test_who_hangs_up_leaves_no_room_taken(postgres_url: str, schema: str) -> None:
     with running_service(postgres_url, schema, MAX_BODY_BYTES=str(8 * MEGABYTE), MAX_BODIES_BYTES=str(8 * MEGABYTE)) as service:
         corner = Corner(service.api)

@@ -947,6 +947,7 @@ def test_an_idle_worker_ends_quickly_on_sigint(plant: Plant) -> None:
 AWAY_SECONDS = float(os.environ.get("AWAY_SECONDS", "0"))
 
 
+@pytest.mark.long
 def test_a_worker_works_through_a_time_without_service(start_service: Callable[..., Service], plant: Plant, corner: Corner) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
