@@ -5,6 +5,9 @@
 #   make test     the tests
 #   make long     the tests that take many seconds each: kills, restarts, releases side by side, every case of the benchmark
 #   make check    lint, types and tests: what CI runs
+#   make .env     random secrets for compose.yaml, once: then `docker compose up --build --detach --wait`
+#   make image    the image `ai-service`, by docker or podman (ENGINE), from BASE_IMAGE
+#   make test-image  the image and compose.yaml in real containers (Docker, or root to start it; minutes)
 #   make lock     pins the packages of the image anew, by version and hash
 #   make fuzz     many random settings, model answers and requests: FUZZ_EXAMPLES=2000 of each kind, twelve times as many requests
 #   make chaos    20,000 jobs while service processes are killed again and again
@@ -25,7 +28,7 @@ DATA   ?= .data
 TESTS  ?= -n 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test long lint format types check fuzz lock chaos fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
+.PHONY: help demo run test long lint format types check fuzz lock chaos image test-image fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -98,6 +101,26 @@ bench: $(VENV)/.ready
 
 bench-full: $(VENV)/.ready
 	$(VENV)/bin/python bench/run.py --scale 1 --seconds 15 --jobs 50000 --peers $(PEERS) --json bench-full.json
+
+ENGINE ?= $(or $(shell command -v docker),podman)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+# As Docker's format: the other one has no HEALTHCHECK, and podman would drop it.
+image:
+	$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) $(BUILD_OPTIONS) $(BASE_IMAGE:%=--build-arg BASE_IMAGE=%) \
+	  --label org.opencontainers.image.version=$(VERSION) -f Containerfile -t ai-service .
+
+test-image: $(VENV)/.ready
+	.ci/containers $(VENV)/bin/python
+
+# The file of tokens is read by the user of the container, who is somebody else: what protects it is its folder.
+.env:
+	@umask 077; secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }; operator=$$(secret); worker=$$(secret); \
+	mkdir -p secrets && rm -f secrets/api_tokens \
+	&& printf 'operator=operator=%s\nworker=worker=%s\n' "$$operator" "$$worker" > secrets/api_tokens && chmod 444 secrets/api_tokens \
+	&& printf '%s\n' "POSTGRES_PASSWORD=$$(secret)" "OPERATOR_TOKEN=$$operator" "WORKER_TOKEN=$$worker" \
+	  '# A stand-in answers in the place of a model, and says so. With a model server: its address here, and no profile demo.' \
+	  'COMPOSE_PROFILES=demo' 'LLM_BASE_URL=http://models:8000' > .env
 
 # The environment: made anew when it is missing or another Python's, brought up to date when pyproject.toml has changed.
 $(VENV)/.ready: pyproject.toml

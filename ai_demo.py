@@ -1,5 +1,7 @@
 """`ai-service demo`: the whole of AI Service at work on one machine; and `python -m ai_demo run`, what `make run` keeps running.
 
+`python -m ai_demo stand-in PORT` is the chat server of the first line below by itself, on all addresses, for the demo of compose.yaml.
+
 Both start a database, the service and a worker, each a process of its own as in production. The demo sends the jobs of
 demo_jobs.jsonl, shows what becomes of them and takes everything down again; `run` goes on until it is told to stop.
 
@@ -24,7 +26,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from ai_client import AIService, Job, NewJob, NotJSON, ServiceError
 from ai_embedded import EmbeddedError, bound_to_this_process, embedded_postgres
 from ai_log import printable
 
-__all__ = ["DemoFailed", "StandInChat", "StandInWhisperX", "main", "run"]
+__all__ = ["DemoFailed", "StandInChat", "StandInWhisperX", "main", "run", "stand_in"]
 
 JOBS = Path(__file__).with_name("demo_jobs.jsonl")
 
@@ -146,11 +148,24 @@ class StandInWhisperX(StandIn):
         self._send(json.dumps({"text": text, "language": "en", "segments": [{"start": 0.0, "end": 0.1, "text": text}]}))
 
 
+def _stand_in_server(address: tuple[str, int], handler: type[StandIn], model: str) -> ThreadingHTTPServer:
+    server = ThreadingHTTPServer(address, type(handler.__name__, (handler,), {"model": model}))
+    server.daemon_threads = True
+    return server
+
+
+def stand_in(environ: Mapping[str, str], port: int) -> int:
+    """Answers as a chat server with the model LLM_MODEL until Ctrl-C or SIGTERM. Returns the exit status."""
+    with suppress(KeyboardInterrupt), _stopped_by_signals(), _stand_in_server(("", port), StandInChat, _model(environ)) as server:
+        print(f"a stand-in answers on port {server.server_address[1]}: NO MODEL RUNS", file=sys.stderr, flush=True)
+        server.serve_forever()
+    return 0
+
+
 @contextmanager
 def _standing_in(handler: type[StandIn], model: str = "") -> Iterator[str]:
     """The address of a stand-in on a free port of this machine."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), {"model": model})) as server:
-        server.daemon_threads = True
+    with _stand_in_server(("127.0.0.1", 0), handler, model) as server:
         thread = threading.Thread(target=server.serve_forever, name=handler.__name__, daemon=True)
         thread.start()
         try:
@@ -486,7 +501,15 @@ def _revive(processes: Iterable[_Process]) -> None:
             process.start()
 
 
+def _command(arguments: Sequence[str]) -> int:
+    match arguments:
+        case ["run", *folder] if len(folder) < 2:
+            return run(os.environ, Path(folder[0] if folder else ".data"))
+        case ["stand-in", port] if port.isdecimal():
+            return stand_in(os.environ, int(port))
+        case _:
+            raise SystemExit("usage: python -m ai_demo run [FOLDER] | stand-in PORT        (the demo itself: ai-service demo)")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["run"] or len(sys.argv) > 3:
-        raise SystemExit("usage: python -m ai_demo run [FOLDER]        (the demo itself: ai-service demo)")
-    raise SystemExit(run(os.environ, Path(sys.argv[2] if len(sys.argv) > 2 else ".data")))
+    raise SystemExit(_command(sys.argv[1:]))

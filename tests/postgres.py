@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import attrs
 from pg8000.native import Connection
-from pytest_docker.plugin import Services, get_cleanup_command, get_docker_ip, get_docker_services, get_setup_command
+from pytest_docker.plugin import Services, get_cleanup_command, get_docker_ip, get_docker_services
 
 import ai_embedded
 
@@ -67,7 +67,9 @@ def docker_answers() -> bool:
 def docker_database() -> Iterator[Database]:
     """PostgreSQL in a container of pytest-docker; the image is TEST_POSTGRES_IMAGE, `postgres:18` if that is not set."""
     project = f"ai-service-tests-{os.getpid()}"
-    with get_docker_services(_compose_command(), str(COMPOSE_FILE), project, get_setup_command(), get_cleanup_command()) as services:
+    # Not `--wait`, which docker-compose before 2.0 does not know.
+    with get_docker_services(compose_command(), str(COMPOSE_FILE), project, "up --detach", get_cleanup_command()) as services:
+        services.wait_until_responsive(lambda: _answers(services), timeout=60, pause=0.2)
         yield _described(_container_url(services), "pytest-docker")
 
 
@@ -209,6 +211,11 @@ def fresh_schema(url: str) -> Iterator[str]:
             connection.close()
 
 
+def _answers(services: Services) -> bool:
+    asked = services._docker_compose.execute("exec -T postgres pg_isready --host 127.0.0.1 --username postgres", success_codes=range(256))
+    return b"accepting" in asked
+
+
 def _described(url: str, source: str) -> Database:
     try:
         connection = connect(url)
@@ -221,7 +228,8 @@ def _described(url: str, source: str) -> Database:
     return Database(url, source, version.split()[0])
 
 
-def _compose_command() -> str:
+def compose_command() -> str:
+    """Docker's plugin where it is there, else the command of its own."""
     plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=20, check=False)
     return "docker compose" if plugin.returncode == 0 else "docker-compose"
 
