@@ -3,7 +3,7 @@
 #   make demo     everything once, on sample jobs: embedded PostgreSQL, service, worker; a table of results
 #   make run      the same, kept running on http://127.0.0.1:8080; the data stays in DATA
 #   make test     the tests
-#   make long     the tests that take many seconds each: kills, restarts, releases side by side, every case of the benchmark
+#   make long     the tests that take many seconds each: kills, restarts, releases side by side, the examples, every case of the benchmark
 #   make check    lint, types and tests: what CI runs
 #   make .env     random secrets for compose.yaml, once: then `docker compose up --build --detach --wait`
 #   make image    the image `ai-service`, by docker or podman (ENGINE), from BASE_IMAGE

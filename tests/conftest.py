@@ -21,6 +21,8 @@ cleanup_key = pytest.StashKey[ExitStack]()
 def pytest_configure(config: pytest.Config) -> None:
     # Ended by a time limit, the run cleans up as after Ctrl-C: otherwise servers would stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell starts what stands in the background deaf to Ctrl-C, and what it starts too: the programs under test would not hear it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str | list[str]:

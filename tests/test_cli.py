@@ -495,6 +495,7 @@ def test_an_import_that_was_interrupted_goes_on_when_it_is_run_again(
     assert imported(cli, tmp_path, *lines).lines == [counts(200, 500, 0)]
 
 
+@pytest.mark.long
 def test_how_far_an_import_is_stands_on_a_terminal_and_nowhere_else(cli: Cli, corner: Corner, tmp_path: Path) -> None:
     file = tmp_path / "jobs.jsonl"
     file.write_text("".join(json.dumps(corner.job(owner_ref=str(number))) + "\n" for number in range(1000)))
@@ -711,6 +712,7 @@ def test_every_command_stands_in_the_readme(cli: Cli) -> None:
 # ---------------------------------------------------------------- migrate
 
 
+@pytest.mark.long
 def test_migrate_says_from_which_version_to_which_and_a_second_time_does_nothing(cli: Cli, postgres_url: str) -> None:
     with fresh_schema(postgres_url) as schema:
         given = {"DATABASE_URL": postgres_url, "DATABASE_SCHEMA": schema}

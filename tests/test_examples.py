@@ -17,6 +17,8 @@ from fake_service import FakeService, forwards_and, loses
 from postgres import Sql
 from service import INHERITED, MAIN, Api, Corner, Service, program, wait_until
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = MAIN.parent / "examples"
 CALLERS = {
     "caller.py": [sys.executable, str(EXAMPLES / "caller" / "caller.py")],

@@ -318,6 +318,7 @@ def test_a_request_under_way_at_sigterm_is_finished(start_service: Callable[...,
     assert found in (0, 1000), "a batch is all or nothing"
 
 
+@pytest.mark.long
 def test_a_service_told_to_end_in_its_first_moment_ends(postgres_url: str) -> None:
     with fresh_schema(postgres_url) as schema:
         assert [status_of_a_short_life(postgres_url, schema) for _ in range(8)] == [0] * 8

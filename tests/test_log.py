@@ -188,6 +188,7 @@ def test_nothing_that_the_service_or_a_proxy_answers_makes_a_line_of_the_worker_
         assert ill(log.read_text()) == []
 
 
+@pytest.mark.long
 def test_every_line_of_a_service_is_json_though_its_database_crashes_and_until_its_end() -> None:
     with EmbeddedServer().running() as server, running_service(server.url, "ai_service", LOG_FORMAT="json", DRAIN_SECONDS="0.1") as service:
         corner = Corner(service.api)

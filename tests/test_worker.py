@@ -380,6 +380,7 @@ def test_what_only_a_provider_in_trouble_can_do_waits_for_it(corner: Corner, wor
     assert status_is(corner, created, "pending")["errors"] == []
 
 
+@pytest.mark.long
 def test_an_open_circuit_is_seen_in_workers_and_in_the_status_of_providers(corner: Corner, work: Work) -> None:
     corner.create()
     worker, _ = work(raises(NotNow("unauthorized", "wrong key", burns_attempt=False, retry_in_seconds=600)))
@@ -530,6 +531,7 @@ def test_a_lost_answer_of_a_claim_brings_its_jobs_the_next_time(corner: Corner, 
     assert first == second
 
 
+@pytest.mark.long
 def test_nothing_is_claimed_while_a_result_waits_for_the_service(corner: Corner, work: Work, between: FakeService) -> None:
     for path in ("/complete", "/readyz"):
         between.always(path, problem(503, "unavailable"))
