@@ -50,6 +50,7 @@ from ai_client import (
     split_object,
 )
 from ai_log import printable
+from ai_requests import UUID
 from ai_terminal import Column, Progress, Table, ago, ago_text, duration_text, moment_text, painted, print_json, print_lines
 from providers.settings import SettingsError, parse_duration, read_settings, setting
 
@@ -402,7 +403,7 @@ def show_job(service: AIService, options: argparse.Namespace) -> int:
 
 
 def _no_job(job_id: str, error: NotFound) -> int:
-    if not re.fullmatch("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", job_id):
+    if not UUID.fullmatch(job_id):
         return _say(f"{job_id}: is not the id of a job, which is a UUID", REFUSED)
     if error.code != "job_not_found":
         raise error

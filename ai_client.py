@@ -759,14 +759,13 @@ class AIService:
 
     def create_jobs(self, jobs: Sequence[NewJob]) -> Batch:
         """Create up to 10,000 jobs, all or none. Raises NotJSON for an input that is no JSON."""
-        answer = self._post("/api/v1/jobs/batch", {"jobs": _array_text([job._fields() for job in jobs])})
-        return self._read(answer, Batch)
+        return self._create_many([job._fields() for job in jobs])
 
     def create_from(self, jobs: Sequence[Mapping[str, Any]]) -> Batch:
         """The same of fields as the service reads them, Python values or RawJSON. Raises ValueError for a job without idempotency_key."""
         if not all("idempotency_key" in job for job in jobs):
             raise ValueError("each job needs an idempotency_key: the call is repeated when its answer is lost")
-        return self._read(self._post("/api/v1/jobs/batch", {"jobs": _array_text(jobs)}), Batch)
+        return self._create_many(jobs)
 
     def get_job(self, job_id: str, *, wait_seconds: float = 0.0, include_input: bool = False) -> Job:
         """The job as it is; with `wait_seconds` (60 at most) once it has finished, or earlier."""
@@ -964,6 +963,9 @@ class AIService:
 
     def _get(self, path: str, query: Mapping[str, Any] | None = None, wait_seconds: float = 0.0) -> bytes:
         return self._call("GET", path + ("?" + urlencode(query, doseq=True) if query else ""), wait_seconds=wait_seconds)
+
+    def _create_many(self, jobs: Sequence[Mapping[str, Any]]) -> Batch:
+        return self._read(self._post("/api/v1/jobs/batch", {"jobs": _array_text(jobs)}), Batch)
 
     def _listed(self, jobs: JobFilter | None, limit: int, cursor: str | None) -> bytes:
         return self._get("/api/v1/jobs", {**(jobs or JobFilter())._fields(), "limit": limit, **_given(cursor=cursor)})

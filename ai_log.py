@@ -50,7 +50,9 @@ def _printable(character: str) -> str:
 # ── What the work at hand is about ───────────────────────────────────────────────────────────────────────────────────────────────
 
 _about: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039  nobody changes it, it is replaced
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/@+=-]{1,128}")
+# An id that may be shown.
+REQUEST_ID = r"[A-Za-z0-9._:/@+=-]{1,128}"
+_REQUEST_ID = re.compile(REQUEST_ID)
 
 
 @contextmanager
@@ -113,15 +115,22 @@ class JsonFormatter(logging.Formatter):
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """JSON of printable text: every other character is an escape; half a surrogate pair, which no JSON can say, is the text of one."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return text if text.isprintable() else "".join(_json_printable(character) for character in text)
+    """JSON of printable text; half a surrogate pair, which no JSON can say, is the text of one."""
+    return printable_json(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def _json_printable(character: str) -> str:
+def printable_json(text: str) -> str:
+    """The same JSON without characters that are not to be seen: outside of strings there are none but line ends and tabs, which stay."""
+    return text if text.isprintable() else re.sub(r"[^\n\t -~]", lambda found: _json_escape(found[0]), text)
+
+
+def _json_escape(character: str) -> str:
     if character.isprintable():
         return character
-    return f"\\\\u{ord(character):04x}" if "\ud800" <= character <= "\udfff" else json.dumps(character)[1:-1].replace("\x7f", "\\u007f")
+    if "\ud800" <= character <= "\udfff":
+        return f"\\\\u{ord(character):04x}"
+    units = character.encode("utf-16-be")
+    return "".join(f"\\u{units[place]:02x}{units[place + 1]:02x}" for place in range(0, len(units), 2))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -35,6 +35,7 @@ from ai_answers import (
     Stats,
     Workers,
 )
+from ai_log import REQUEST_ID as REQUEST_ID_FORM
 from ai_requests import (
     LENIENT,
     MAX_BATCH,
@@ -378,7 +379,7 @@ What is refused is answered with a problem: `code` is stable, `retryable` says w
 field that is wrong. Unknown fields and query parameters are refused."""
 
 
-_NOTED: Schema = {"type": "string", "pattern": "^[A-Za-z0-9._:/@+=-]{1,128}$"}
+_NOTED: Schema = {"type": "string", "pattern": f"^{REQUEST_ID_FORM}$"}
 REQUEST_ID = {"name": "X-Request-ID", "in": "header", "description": "Comes back if its form is right.", "schema": {"type": "string"}}
 REQUEST_ID_SENT = {"description": "By which the log tells of the request.", "required": True, "schema": _NOTED}
 TRACE = {

@@ -271,9 +271,10 @@ class SmallObject:
         text = bytes(raw)
         if len(text) > self.limit_bytes:
             raise ValueError(f"must have at most {self.limit_bytes:,} bytes")
-        decoded(dict[str, msgspec.Raw], raw, "an object")
         if self.kind:
             read_raw(raw, self.kind)
+        else:
+            fields_of(raw)
         return _structure_raw(raw, str)
 
 
@@ -285,7 +286,7 @@ class Alternatives:
 
     def structure(self, raw: msgspec.Raw) -> Any:
         """The filter. Raises ValueError, or cattrs' errors."""
-        fields = decoded(dict[str, msgspec.Raw], raw, "an object")
+        fields = fields_of(raw)
         listed = {name: _listed(each) if _is_list(self.kind, name) else each for name, each in fields.items()}
         wanted = _converter.structure(listed, self.kind)
         if not any(attrs.asdict(wanted).values()):
@@ -541,7 +542,6 @@ class StatsQuery:
 # ── Finding what is wrong ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _converter = cattrs.Converter(detailed_validation=True)
-_openers = re.compile(rb"[\[{]")
 
 
 def _origin(kind: Any) -> Any:
@@ -600,7 +600,12 @@ def _structure_list(kind: Any) -> Callable[[msgspec.Raw, Any], list[Any]]:
 def _structure_object(kind: Any) -> Callable[[Any, Any], Any]:
     renamed: Any = {"from_": cattrs.override(rename="from")} if kind is Retry else {}
     structure = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=kind not in LENIENT, **renamed)
-    return lambda raw, _: structure(raw if isinstance(raw, dict) else decoded(dict[str, msgspec.Raw], raw, "an object"), kind)
+    return lambda raw, _: structure(raw if isinstance(raw, dict) else fields_of(raw), kind)
+
+
+def fields_of(raw: msgspec.Raw | bytes) -> dict[str, msgspec.Raw]:
+    """The members of a JSON object, unread. Raises ValueError."""
+    return decoded(dict[str, msgspec.Raw], raw, "an object")
 
 
 def decoded(kind: type[T], raw: msgspec.Raw | bytes, called: str) -> T:
@@ -774,7 +779,7 @@ def read_raw(raw: msgspec.Raw | bytes, kind: type[T]) -> T:
     try:
         return cast(T, reader_of(kind).read(raw))
     except UNCLEAR:
-        return _converter.structure(decoded(dict[str, msgspec.Raw], raw, "an object"), kind)
+        return _converter.structure(fields_of(raw), kind)
 
 
 def read_object(body: bytes) -> dict[str, msgspec.Raw]:
@@ -825,6 +830,14 @@ def read_items(body: bytes, high: int, beside: Sequence[str] = ()) -> tuple[list
     return items[:high], fields, refusals
 
 
+def item_fields(item: msgspec.Raw, at: str) -> dict[str, msgspec.Raw]:
+    """The members of one of many, unread. Raises ValidationFailed where it is no object."""
+    try:
+        return fields_of(item)
+    except ValueError as error:
+        raise ValidationFailed(errors=problems_of(at, error)) from None
+
+
 def raise_all(refusals: Sequence[Refusal]) -> None:
     """Raises what is wrong with a body as one refusal; nothing where nothing is."""
     if refusals:
@@ -850,24 +863,17 @@ def _structure_batch(body: bytes) -> list[NewJob]:
     try:
         if "defaults" in beside:
             structure(beside["defaults"], JobDefaults, "/defaults")
-            defaults = decoded(dict[str, msgspec.Raw], beside["defaults"], "an object")
+            defaults = fields_of(beside["defaults"])
     except Refusal as refusal:
         raise_all([*refusals, refusal])
     for position, item in enumerate(items):
         try:
-            jobs.append(_structure_item(item, NewJob, f"/jobs/{position}", defaults))
+            at = f"/jobs/{position}"
+            jobs.append(structure({**defaults, **item_fields(item, at)}, NewJob, at))
         except Refusal as refusal:
             refusals.append(refusal)
     raise_all(refusals)
     return jobs
-
-
-def _structure_item(item: msgspec.Raw, kind: type[T], at: str, defaults: Mapping[str, msgspec.Raw]) -> T:
-    try:
-        fields = decoded(dict[str, msgspec.Raw], item, "an object")
-    except ValueError as error:
-        raise ValidationFailed(errors=problems_of(at, error)) from None
-    return structure({**defaults, **fields}, kind, at)
 
 
 _NO_USAGE = Usage()

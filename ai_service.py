@@ -96,7 +96,7 @@ from ai_requests import (
     UnsupportedMediaType,
     ValidationFailed,
     count_usage,
-    decoded,
+    item_fields,
     problems_of,
     raise_all,
     read_batch,
@@ -1481,11 +1481,7 @@ class JobsVerb(Resource):
         """An item's position, id and body; None where it is refused, which its answer then says."""
         at = f"/jobs/{position}"
         try:
-            fields = decoded(dict[str, msgspec.Raw], item, "an object")
-        except ValueError as error:
-            answer |= refused_item(ValidationFailed(errors=problems_of(at, error)))
-            return None
-        try:
+            fields = item_fields(item, at)
             answer["id"] = ID_IN_BULK.structure(fields.pop("id"))
             return position, known_id(answer["id"]), structure(fields, self.kind, at)
         except (KeyError, ValueError) as error:

@@ -7,7 +7,6 @@ Sections: tables, numbers and times, output, progress.
 """
 
 import os
-import re
 import shutil
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import TextIO
 
 import attrs
 
-from ai_log import printable
+from ai_log import printable, printable_json
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,17 +154,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_json(text: str, end: str = "\n") -> None:
-    sys.stdout.write((_escaped(text) if sys.stdout.isatty() else text) + end)
-
-
-def _escaped(text: str) -> str:
-    """The same JSON without characters that are not to be seen: outside of strings there are none but line ends and tabs."""
-    return re.sub(r"[^\n\t -~]", lambda found: found[0] if found[0].isprintable() else _escape(found[0]), text)
-
-
-def _escape(character: str) -> str:
-    units = character.encode("utf-16-be")
-    return "".join(f"\\u{units[place]:02x}{units[place + 1]:02x}" for place in range(0, len(units), 2))
+    sys.stdout.write((printable_json(text) if sys.stdout.isatty() else text) + end)
 
 
 # ── Progress ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
