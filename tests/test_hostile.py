@@ -61,9 +61,23 @@ def memory_of(service: Service) -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def open_files(service: Service) -> int:
-    """How many descriptors a service has open."""
-    return len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
+def open_files(service: Service) -> list[str]:
+    """What the descriptors of a service stand for: a path, or `socket:[inode]`."""
+    found = []
+    for descriptor in Path(f"/proc/{service.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return found
+
+
+def other_end(connection: socket.socket) -> str:
+    """The service's end of a connection over IPv4, as `open_files` has it."""
+    ports = [f":{port:04X}" for _, port in (connection.getpeername(), connection.getsockname())]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, here, there, *_, inode = line.split()[:10]
+        if here.endswith(ports[0]) and there.endswith(ports[1]):
+            return f"socket:[{inode}]"
+    raise AssertionError("a connection without an other end")
 
 
 def answers_in(received: bytes) -> list[Answer]:
@@ -380,12 +394,13 @@ def test_a_parked_claim_is_no_stalled_request(siege: Corner) -> None:
 def test_who_hardly_reads_an_answer_is_let_go_with_its_room(besieged: Service, siege: Corner) -> None:
     job = siege.take()
     siege.done(job, "complete", result="y" * (7 * MEGABYTE))
-    files = open_files(besieged)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", besieged.api.port))
         connection.sendall(f"GET {CREATE}/{job['id']} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert connection.recv(1) == b"H"
+        end = other_end(connection)
+        assert end in open_files(besieged)
         body = large_job(siege)
         wait_until(lambda: siege.api.post(CREATE, body=body).status == 503, what="the room to be taken")
 
@@ -394,7 +409,7 @@ def test_who_hardly_reads_an_answer_is_let_go_with_its_room(besieged: Service, s
             return siege.api.post(CREATE, body=body).status == 201
 
         wait_until(is_let_go, 10 * STALL_SECONDS, "room again")
-        wait_until(lambda: open_files(besieged) <= files, what="its descriptor to be closed")
+        wait_until(lambda: end not in open_files(besieged), what="its descriptor to be closed")
 
 
 # ---------------------------------------------------------------- too many
@@ -413,7 +428,7 @@ def test_two_thousand_idle_connections_leave_health_quick_and_memory_small(besie
     before = memory_of(besieged)
     with ExitStack() as stack:
         idle = [stack.enter_context(connected(besieged.api)) for _ in range(2000)]
-        wait_until(lambda: open_files(besieged) > 2000, what="all to be accepted")
+        wait_until(lambda: len(open_files(besieged)) > 2000, what="all to be accepted")
         assert min(health_seconds(besieged.api) for _ in range(3)) < 0.1
         assert siege.take()["attempt"] == 1
         assert memory_of(besieged) - before < 40 * MEGABYTE
