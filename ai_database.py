@@ -33,7 +33,7 @@ log = logging.getLogger("ai_service.database")
 
 # ── Database ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 SCHEMA_FILE = Path(__file__).with_name("schema.sql")
 STATEMENT_SECONDS, LOCK_SECONDS, CONNECT_SECONDS, LEND_SECONDS = 30, 5, 5, 5
 
@@ -46,6 +46,9 @@ SESSION = {
     "jit": "off",
     "client_min_messages": "warning",
 }
+
+# Payloads of 8 KB and more are written in half the time (30 KB of text 0.8 instead of 1.7 ms) and as small; not every server has it.
+LZ4 = "from pg_settings where name = 'default_toast_compression' and source = 'default' and 'lz4' = any (enumvals)"
 
 # 08 connection, 25006 read-only, 28 and 3D000 no such login or database, 53 resources, 57P01-57P03 shut down and starting, 58030 its disk;
 # 40001 serialization, 40P01 deadlock, 53300 connections, 55P03 lock, 57014 statement timeout.
@@ -195,7 +198,8 @@ class Connection:
             f"set search_path = {schema}; "  # noqa: S608  the name was checked when the settings were read
             f"select set_config(s.name, w.value, false) from (values {wanted}) w (name, value) join pg_settings s on s.name = w.name "
             "where s.source <> 'client'; "
-            "select set_config('synchronous_commit', 'on', false) from pg_settings where name = 'synchronous_commit' and setting = 'off'"
+            "select set_config('synchronous_commit', 'on', false) from pg_settings where name = 'synchronous_commit' and setting = 'off'; "
+            f"select set_config('default_toast_compression', 'lz4', false) {LZ4}"
         )
 
     def run(self, statement: str, values: Mapping[str, str | None]) -> list[list[Any]]:
@@ -239,6 +243,8 @@ class PooledConnection(Connection):
 
     def _set(self, schema: str) -> None:
         wanted = {"search_path": schema, **SESSION}
+        if self._session.run(f"select {LZ4}"):
+            wanted["default_toast_compression"] = "lz4"
         settings = " or ".join(f"set_config('{name}', '{value}', true) is null" for name, value in wanted.items())
         durable = "current_setting('synchronous_commit') = 'off' and set_config('synchronous_commit', 'on', true) is null"
         # Gives no row, and each part is asked: none of them is null.

@@ -24,8 +24,8 @@
 --   upkeep_state    when the ledger was folded last
 --   schema_version  which of these files was applied
 --
--- What is found by a list is also asked for by `= any (list)`: where a table was empty when it was analysed, a plan may begin with its rows
--- instead of the list, and would step over all that is dead while somebody holds a snapshot.
+-- What is found by a list is asked for by `= any (array[one of it])`, which no order of an index serves: where a table was empty when it was
+-- analysed, a plan with `=` may begin with its rows instead of the list, and would step over all that is dead while somebody holds a snapshot.
 --
 -- Functions, called by one statement each, hold their plans themselves (`set enable_seqscan = off` and so on: statistics are always behind
 -- on tables that fill and empty). They carry the version of their signature: a later release adds _v2 and leaves _v1 to the
@@ -248,14 +248,17 @@ create or replace function rfc3339(at timestamptz) returns text language sql sta
   select to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
 $$;
 
--- RFC 9562 version 7: 48 bits of milliseconds, 12 bits of the fraction below (method 3), 62 random bits. uuidv7() exists from 18 on.
--- At so many microseconds. Without a FROM it becomes a part of the statement that calls it.
-create or replace function uuid_v7_at(us bigint) returns uuid language sql volatile as $$
-  select encode(int8send((us / 1000 << 16) | 28672 | (us % 1000 * 4096 / 1000)) || substring(uuid_send(gen_random_uuid()) from 9), 'hex')::uuid
+-- RFC 9562 version 7: 48 bits of milliseconds, 12 bits of the fraction below (method 3), 62 bits of a hash of the microseconds and something
+-- random: builds of PostgreSQL without OpenSSL take 4 µs for a random UUID, so that it is made once for many. uuidv7() exists from 18 on.
+-- Without a FROM it becomes a part of the statement that calls it.
+drop function if exists uuid_v7_at(bigint);
+create or replace function uuid_v7_at(us bigint, seed uuid) returns uuid language sql immutable as $$
+  select encode(int8send((us / 1000 << 16) | 28672 | (us % 1000 * 4096 / 1000))
+    || int8send((uuid_hash_extended(seed, us) & 4611686018427387903) | (1::bigint << 63)), 'hex')::uuid
 $$;
 
 create or replace function uuid_v7(at timestamptz) returns uuid language sql volatile as $$
-  select uuid_v7_at((extract(epoch from at) * 1000000)::bigint)
+  select uuid_v7_at((extract(epoch from at) * 1000000)::bigint, gen_random_uuid())
 $$;
 
 -- The lowest id that a job created at that time can have: a border between partitions.
@@ -366,12 +369,12 @@ create or replace function create_jobs_v1(
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
-  first_us bigint; lane_ids int[]; ids uuid[]; final_ids uuid[]; keyed int := cardinality(array_remove(keys, null)); differs text;
+  first_us bigint; seed uuid := gen_random_uuid(); lane_ids int[]; ids uuid[]; final_ids uuid[]; keyed int := cardinality(array_remove(keys, null)); differs text;
 begin
   perform pg_advisory_xact_lock_shared(lock_key(2));
   lane_ids := lanes_for(owners, types, profiles, priorities);
   first_us := extract(epoch from now()) * 1000000;
-  ids := array(select uuid_v7_at(us) from generate_series(first_us, first_us + cardinality(owner_refs) - 1) us);
+  ids := array(select uuid_v7_at(us, seed) from generate_series(first_us, first_us + cardinality(owner_refs) - 1) us);
   final_ids := ids;
   if keyed > 0 then
     final_ids := ids_by_key(owners, lane_nos, keys, ids);
@@ -524,7 +527,7 @@ begin
         select * from unnest(lanes_of, seqs_of, requests_of) with ordinality u (lane_id, seq, request, turn)
       ), taken as (
         delete from ready r using chosen u
-        where r.lane_id = u.lane_id and r.seq = u.seq and r.lane_id = any (lanes_of) and r.seq = any (seqs_of) returning r.*, u.request, u.turn
+        where r.lane_id = any (array[u.lane_id]) and r.seq = any (array[u.seq]) returning r.*, u.request, u.turn
       ), now_held as (
         insert into held (job_id, lane_id, claim_id, worker_id, attempt, releases, run_at, started_at, lease_seconds, lease_expires_at)
         select job_id, lane_id, claim_ids[t.request], worker_ids[t.request], attempt + 1, releases, run_at, claimed_at,
@@ -538,7 +541,8 @@ begin
         all_lanes || array_agg(t.lane_id order by t.turn), all_seqs || array_agg(t.seq order by t.turn), count(*)
       into all_jobs, all_requests, all_lanes, all_seqs, got from taken t;
       select array_agg(o order by last_turn), count(*) into owners_of, owner_count
-      from (select l.owner_service as o, max(u.i) as last_turn from unnest(lanes_of) with ordinality u (lane_id, i)
+      from (select l.owner_service as o, max(u.i) as last_turn
+            from (select lane_id, max(i) as i from unnest(lanes_of) with ordinality u (lane_id, i) group by lane_id) u
             join lane l on l.id = u.lane_id group by l.owner_service) x;
       served := array(select o from unnest(served) o where o <> all (owners_of)) || owners_of;
       turn_order := array(select o from unnest(turn_order) o where o <> all (owners_of)) || owners_of;
@@ -574,12 +578,15 @@ set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off se
 #variable_conflict use_column
 begin
   return query
-  select t.claim_id, string_agg(row_to_json(t)::text, ',') from (
-    select h.job_id as id, l.owner_service, j.owner_ref, l.task_type, l.model_profile, l.priority, h.claim_id, h.attempt, j.max_attempts,
-      rfc3339(j.created_at) as created_at, rfc3339(h.run_at) as run_at, rfc3339(j.expires_at) as expires_at,
-      rfc3339(h.lease_expires_at) as lease_expires_at, h.lease_seconds, j.traceparent, j.input
+  select t.claim_id, string_agg(t.text, ',') from (
+    select h.claim_id, concat(
+      '{"id":"', h.job_id, '","owner_service":', to_json(l.owner_service), ',"owner_ref":', to_json(j.owner_ref), ',"task_type":', to_json(l.task_type),
+      ',"model_profile":', to_json(l.model_profile), ',"priority":', l.priority, ',"claim_id":"', h.claim_id, '","attempt":', h.attempt,
+      ',"max_attempts":', j.max_attempts, ',"created_at":"', rfc3339(j.created_at), '","run_at":"', rfc3339(h.run_at),
+      '","expires_at":', coalesce('"' || rfc3339(j.expires_at) || '"', 'null'), ',"lease_expires_at":"', rfc3339(h.lease_expires_at),
+      '","lease_seconds":', h.lease_seconds, ',"traceparent":', coalesce(to_json(j.traceparent)::text, 'null'), ',"input":', j.input, '}') as text
     from unnest(claim_ids, job_ids) with ordinality c (claim_id, job_id, n)
-    join held h on h.job_id = c.job_id and h.claim_id = c.claim_id and h.job_id = any (job_ids)
+    join held h on h.job_id = any (array[c.job_id]) and h.claim_id = c.claim_id
     join job j on j.id = c.job_id
     join lane l on l.id = h.lane_id
     order by c.n) t
@@ -604,7 +611,7 @@ begin
       lease_expires_at = now() + coalesce(u.lease, h.lease_seconds) * interval '1 second', progress = coalesce(u.progress::json, h.progress)
     from (select * from unnest(job_ids, claim_ids, lease_seconds_, progresses) with ordinality u (job_id, claim_id, lease, progress, n)
           order by u.job_id) u
-    where h.job_id = u.job_id and h.claim_id = u.claim_id and h.job_id = any (job_ids)
+    where h.job_id = any (array[u.job_id]) and h.claim_id = u.claim_id
     returning h.job_id, h.claim_id, rfc3339(h.lease_expires_at) as until, h.lease_seconds, h.worker_id)
   select u.n, case when b.job_id is null then late_outcome(u.job_id, u.claim_id, 'heartbeat') else 'ok' end, b.until, b.lease_seconds, b.worker_id
   from unnest(job_ids, claim_ids) with ordinality u (job_id, claim_id, n)
@@ -671,7 +678,7 @@ begin
     delete from held h
     using (select * from unnest(job_ids, claim_ids, results, usages, prompts, completions, totals, audios)
              with ordinality u (job_id, claim_id, result, usage, prompt, completion, total, audio, n) order by u.job_id) u
-    where h.job_id = u.job_id and h.claim_id = u.claim_id and h.job_id = any (job_ids)
+    where h.job_id = any (array[u.job_id]) and h.claim_id = u.claim_id
     returning h.*, u.result, u.usage, u.prompt, u.completion, u.total, u.audio, u.n
   ), endings as (
     insert into ended (job_id, status, attempt, claim_id, worker_id, run_at, started_at, finished_at, progress, usage, result)
@@ -682,6 +689,10 @@ begin
     from taken group by lane_id, seconds_bucket(now() - started_at)
   )
   select array_agg(n) into done from taken;
+  if cardinality(done) = cardinality(job_ids) then
+    return query select i::bigint, 'ok'::text from generate_series(1, cardinality(job_ids)) i;
+    return;
+  end if;
   return query
   with outcomes as materialized (
     select u.n, case when u.n = any (done) then 'ok'
@@ -705,7 +716,7 @@ begin
     using (select * from unnest(job_ids, claim_ids, categories, messages, retryables, delays, usages, prompts, completions, totals, audios)
              with ordinality u (job_id, claim_id, category, message, retryable, delay, usage, prompt, completion, total, audio, n)
            order by u.job_id) u
-    where h.job_id = u.job_id and h.claim_id = u.claim_id and h.job_id = any (job_ids)
+    where h.job_id = any (array[u.job_id]) and h.claim_id = u.claim_id
     returning h.*, u.category, u.message, u.retryable, u.delay, u.usage, u.prompt, u.completion, u.total, u.audio, u.n
   ), judged as (
     select t.*,

@@ -108,6 +108,18 @@ def test_sessions_are_durable_and_limited_whatever_the_url_says_of_other_things(
     assert shown == {"statement_timeout": "7s", "lock_timeout": "5s", "synchronous_commit": "on", "jit": "off"}
 
 
+@pytest.mark.parametrize(("mode", "options"), [("session", ""), ("transaction", ""), ("session", "-c%20default_toast_compression%3Dpglz")])
+def test_payloads_are_compressed_by_lz4_where_the_server_has_it_and_nobody_chose(postgres_url: str, mode: str, options: str) -> None:
+    url = postgres_url + ("&" if "?" in postgres_url else "?") + f"options={options}" if options else postgres_url
+    with fresh_schema(postgres_url) as schema:
+        database = Database(read_database_url(url), schema, 2, mode)
+        kinds = database.run("-- test\nselect enumvals::text from pg_settings where name = 'default_toast_compression'")
+        [[shown]] = database.run("-- test\nselect current_setting('default_toast_compression', true)")
+        database.close()
+    has_lz4 = bool(kinds) and "lz4" in kinds[0][0]
+    assert shown == ("lz4" if has_lz4 and not options else "pglz" if kinds else None)
+
+
 def test_a_statement_is_prepared_once_per_connection(database: Database) -> None:
     for number in range(5):
         assert database.run("-- test.prepared\nselect :number::int", number=number) == [[number]]
