@@ -269,10 +269,16 @@ class Created:
 
 @attrs.frozen
 class Claimed:
-    """The answer to one claim: the jobs as the inside of a JSON array, empty without one."""
+    """The answer to one claim: the jobs as the inside of a JSON array, or the ids of those still to be read; neither without one."""
 
     claim_id: str
-    jobs: str
+    jobs: str = ""
+    unread: Sequence[str] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no job."""
+        return not self.jobs and not self.unread
 
 
 @attrs.frozen
@@ -438,24 +444,22 @@ class Queue:
         for _, _, lanes, seqs, order, _ in outcomes:
             self._floors.raise_to(lanes or (), seqs or ())
             self._served = [owner for owner in self._served if owner not in (order or ())] + (order or [])
-        claims = [(str(request.claim_id), *outcome) for request, outcome in zip(requests, outcomes, strict=True)]
-        later = self._claimed_texts([(claim[0], claim[2]) for claim in claims if claim[2] and not claim[-1]])
         return [
-            Claimed(claim[0], text or later.get(claim[0], "")) if claim[1] == "ok" else OUTCOMES[claim[1]]()
-            for claim, text in zip(claims, texts, strict=True)
+            Claimed(str(request.claim_id), text, () if has_text else ids or ()) if outcome == "ok" else OUTCOMES[outcome]()
+            for request, text, (outcome, ids, *_, has_text) in zip(requests, texts, outcomes, strict=True)
         ]
 
-    def _claimed_texts(self, claims: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
-        """What claims hold of these jobs, by claim_id, where it is much: it is read after the claim was committed."""
-        pairs = [(claim_id, job_id) for claim_id, job_ids in claims for job_id in job_ids]
-        if not pairs:
-            return {}
+    def read(self, claimed: Claimed) -> Claimed:
+        """A claim with its jobs where they were unread: those that it still holds. The claim is committed meanwhile, and its lock free."""
+        if not claimed.unread:
+            return claimed
         rows = self.database.run(
-            "-- queue.claimed_texts\nselect claim_id::text, jobs from claimed_texts_v1(:claim_ids::uuid[], :job_ids::uuid[])",
-            claim_ids=[claim_id for claim_id, _ in pairs],
-            job_ids=[job_id for _, job_id in pairs],
+            "-- queue.claimed_texts\nselect jobs from claimed_texts_v1(array_fill(:claim_id::uuid, array[:count::int]), :job_ids::uuid[])",
+            claim_id=claimed.claim_id,
+            count=len(claimed.unread),
+            job_ids=claimed.unread,
         )
-        return dict(rows)
+        return Claimed(claimed.claim_id, rows[0][0] if rows else "")
 
     def peek(self, job_ids: Sequence[str]) -> tuple[int, bool, list[str]]:
         """The number of the job that became ready last, whether a scheduled one is due, and which of these jobs have finished."""
@@ -868,7 +872,7 @@ class Ticket:
     @property
     def nothing(self) -> Claimed:
         """The answer without a job."""
-        return Claimed(str(self.request.claim_id), "")
+        return Claimed(str(self.request.claim_id))
 
     def deliver(self, answer: Claimed | Refusal) -> None:
         """Gives the request its answer."""
@@ -915,7 +919,7 @@ class WaitingRoom:
         if isinstance(ticket.answer, Refusal):
             raise ticket.answer
         assert ticket.answer is not None
-        return ticket.answer
+        return self._queue.read(ticket.answer)
 
     def wait_for(self, job_id: str, seconds: float) -> None:
         """Returns when the job may have finished, or after so many seconds, or at once where there is no room to wait."""
@@ -1007,10 +1011,10 @@ class WaitingRoom:
             answers = [refusal] * len(batch)
         for ticket, answer in zip(batch, answers, strict=True):
             self._settle(ticket, answer)
-        return answers[-1] == batch[-1].nothing
+        return isinstance(answers[-1], Claimed) and answers[-1].is_empty
 
     def _settle(self, ticket: Ticket, answer: Claimed | Refusal) -> None:
-        may_wait = isinstance(answer, Claimed) and not answer.jobs and ticket.deadline > time.monotonic() and not self._closed
+        may_wait = isinstance(answer, Claimed) and answer.is_empty and ticket.deadline > time.monotonic() and not self._closed
         if may_wait and (ticket.parked or self.waiting() < self._places):
             ticket.parked = True
             return

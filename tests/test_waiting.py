@@ -1,6 +1,7 @@
 """The waiting room: many waiting requests, few statements; who is woken, by what, and who must get nothing."""
 
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from service import wait_until
 from ai_database import Database, migrate
 from ai_database_url import read_database_url
 from ai_requests import ClaimRequest, NewJob
-from ai_service import Claimed, Queue, WaitingRoom
+from ai_service import CLAIMED_AT_ONCE_BYTES, Claimed, Queue, WaitingRoom
 
 LATE_CREATE = (
     "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', "
@@ -23,12 +24,16 @@ LATE_CREATE = (
 
 
 class CountingDatabase(Database):
-    """Counts the statements that went to the database, by name."""
+    """Counts the statements that went to the database, by name; those named in `held_back` wait for their turn."""
 
     calls: Counter[str]
+    held_back: dict[str, threading.Event]
 
     def run(self, statement: str, *args: Any, **values: Any) -> list[list[Any]]:
-        self.calls[statement.splitlines()[0]] += 1
+        name = statement.splitlines()[0]
+        self.calls[name] += 1
+        if name in self.held_back:
+            assert self.held_back[name].wait(20)
         return super().run(statement, *args, **values)
 
 
@@ -36,7 +41,7 @@ class CountingDatabase(Database):
 def database(postgres_url: str) -> Iterator[CountingDatabase]:
     with fresh_schema(postgres_url) as schema:
         database = CountingDatabase(read_database_url(postgres_url), schema, 4)
-        database.calls = Counter()
+        database.calls, database.held_back = Counter(), {}
         migrate(database)
         yield database
         database.close()
@@ -220,6 +225,30 @@ def test_the_same_claim_twice_at_once_gets_the_same_job(room: WaitingRoom, queue
         same = wish(wait_seconds=0)
         both = [threads.submit(room.claim, same, present) for _ in range(2)]
         assert len({claimed.result(5).jobs for claimed in both}) == 1
+
+
+def test_who_reads_many_jobs_holds_up_no_other_claim(
+    room: WaitingRoom, queue: Queue, database: CountingDatabase, threads: ThreadPoolExecutor
+) -> None:
+    large = NewJob("owner", "type", "large", "ref", '"' + "x" * CLAIMED_AT_ONCE_BYTES + '"')
+    queue.create([large, large, new_job()])
+    turn = database.held_back["-- queue.claimed_texts"] = threading.Event()
+    reading = threads.submit(room.claim, wish("large", wait_seconds=0, limit=2), present)
+    wait_until(lambda: database.calls["-- queue.claimed_texts"] == 1)
+    assert room.claim(wish(wait_seconds=0), present).jobs
+    assert not reading.done()
+    turn.set()
+    assert reading.result(5).jobs.count('"id"') == 2
+
+
+def test_a_repeat_of_a_claim_whose_jobs_have_ended_waits_for_no_others(room: WaitingRoom, queue: Queue) -> None:
+    [made] = queue.create([new_job()])
+    same = wish(wait_seconds=20)
+    assert room.claim(same, present).jobs
+    queue.cancel(made.id, "")
+    begun = time.monotonic()
+    assert room.claim(same, present).jobs == ""
+    assert time.monotonic() - begun < 10
 
 
 def test_who_waits_for_a_job_is_told_when_another_process_finishes_it(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
