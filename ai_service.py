@@ -17,6 +17,7 @@ import argparse
 import base64
 import ctypes
 import functools
+import gc
 import hashlib
 import itertools
 import logging
@@ -1882,6 +1883,9 @@ def serve(settings: Settings) -> int:
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
+    # What is here stays: no collection needs to look at it again.
+    gc.collect()
+    gc.freeze()
     if settings.tokens:
         log.info("access_by_tokens tokens=%s", ", ".join(map(str, settings.tokens)))
     else:
