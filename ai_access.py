@@ -272,6 +272,7 @@ class Door:
         """Called by Falcon after each responder: one line for what an operator changed, or tried to."""
         token = getattr(request.context, "token", None)
         changes = request.method in ("POST", "DELETE") and (request.method, request.uri_template) not in _READS
+        changes &= not getattr(request.context, "changes_nothing", False)
         if self._tokens and token and token.role == OPERATOR and changes:
             audit.info(
                 "operator_action token=%s client=%s method=%s path=%r status=%d",

@@ -1525,6 +1525,7 @@ class BulkJobRetry(Resource):
         limit = body.limit or MAX_BULK
         wanted = token_of(request).cut(attrs.evolve(wanted, status=statuses))
         if body.dry_run:
+            request.context.changes_nothing = True
             matched = self.queue.count(wanted)
             send(response, f'{{"retried":0,"more":{"true" if matched > limit else "false"},"matched":{matched}}}')
             return

@@ -457,6 +457,7 @@ def test_each_operator_action_leaves_one_line(guarded: Service, by: Mapping[str,
     by["operator"].post(f"{at}/retry", {})
     by["operator"].post("/api/v1/pause", {"task_types": [desk.task_type]})
     by["operator"].post("/api/v1/resume", {"task_types": [desk.task_type]})
+    by["operator"].post("/api/v1/jobs/retry", {"filter": {"task_type": desk.task_type}, "dry_run": True})
     by["operator"].post("/api/v1/jobs/retry", {"filter": {"task_type": desk.task_type}})
     by["operator"].post("/api/v1/jobs", desk.job(input="never-to-be-logged"))
     by["operator"].delete(at)

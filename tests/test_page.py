@@ -360,7 +360,7 @@ def test_bulk_retry_of_more_than_it_counts_takes_the_newest_thousand(page: Page,
         assert corner.api.post("/api/v1/jobs/fail", {"jobs": part}).status == 200
     browser = page.open(f"#/jobs?owner_service={corner.owner_service}&status=failed")
     browser.click_text("Retry all that fit…")
-    browser.sees('[data-preview="1000"]', "More than 1,000 jobs fit")
+    browser.sees('[data-preview="1001"]', "1,001 jobs fit. The newest 1,000 are put back")
     browser.click_text("Retry", "dialog")
     browser.sees("#notes", "1,000 jobs are pending again. More fit this filter.")
     browser.sees("#view", "1–1")
