@@ -4,6 +4,7 @@ Each client is a process of its own with one kept connection. What they do is co
 themselves is measured with it, since on a small machine they compete with what they measure.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -69,8 +70,7 @@ class Client:
     def create(self, profile: str, count: int, **facts: Any) -> list[str]:
         """Creates so many jobs in one call; their ids."""
         defaults = {"owner_service": "bench", "task_type": "call_analysis", "model_profile": profile, **facts}
-        jobs = ",".join(f'{{"owner_ref":"ref/{number}","input":{INPUT}}}' for number in range(count))
-        answer = self.post("/api/v1/jobs/batch", f'{{"defaults":{json.dumps(defaults)},"jobs":[{jobs}]}}')
+        answer = self.post("/api/v1/jobs/batch", f'{{"defaults":{json.dumps(defaults)},"jobs":[{_jobs(count)}]}}')
         return [job["id"] for job in json.loads(answer)["jobs"]]
 
     def create_one(self, profile: str) -> bytes:
@@ -93,6 +93,11 @@ class Client:
     def complete_one(self, claim_id: str, job_id: str) -> None:
         """Completes one by its own call."""
         self.post(f"/api/v1/jobs/{job_id}/complete", f'{{"claim_id":"{claim_id}","result":{RESULT}}}')
+
+
+@functools.cache
+def _jobs(count: int) -> str:
+    return ",".join(f'{{"owner_ref":"ref/{number}","input":{INPUT}}}' for number in range(count))
 
 
 @attrs.frozen

@@ -8,7 +8,7 @@ from ground import Bench
 def lives(bench: Bench) -> float:
     """Whole lives in batches of 100; the best of a few numbers of clients."""
     with bench.serving("lives") as server:
-        return max(bench.rate("life in batches of 100", server, count, clients.lives) for count in (2, 4, 6, 8))
+        return max(bench.rate("life in batches of 100", server, count, clients.lives) for count in (2, 4, 8, 12))
 
 
 def creates(bench: Bench) -> None:
