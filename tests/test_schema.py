@@ -11,9 +11,10 @@ import pytest
 from postgres import connect, fresh_schema
 from service import running_service, wait_until
 
+import ai_service
 from ai_database import SCHEMA_VERSION, Database, migrate, schema_version
 from ai_database_url import read_database_url
-from ai_requests import ClaimRequest, Completion, DatabaseBusy, Heartbeat, NewJob, SchemaMissing
+from ai_requests import ClaimRequest, Completion, DatabaseBusy, Heartbeat, JobFilter, NewJob, SchemaMissing
 from ai_service import Claimed, Queue
 
 
@@ -372,6 +373,24 @@ def test_a_pause_between_two_looks_at_the_lanes_leaves_the_claim_empty(queue: Qu
         while not pausing.done():
             assert isinstance(queue.claim([ClaimRequest("worker", claim_id=str(uuid.uuid4()))])[0], Claimed)
             queue.create([new_job()])
+
+
+def test_lists_that_take_long_leave_connections_to_everything_else(
+    queue: Queue, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ai_service, "LIST_SECONDS", 0.2)
+    waiting = "select count(*) from pg_locks where not granted and relation = 'ended'::regclass"
+    with closing(connect(postgres_url, queue.database.schema)) as other, ThreadPoolExecutor(2) as threads:
+        other.run("begin")
+        other.run("lock table ended in access exclusive mode")
+        slow = [threads.submit(queue.list_ids, JobFilter(status=["failed"]), 10) for _ in range(2)]
+        wait_until(lambda: other.run(waiting) == [[2]])
+        with pytest.raises(DatabaseBusy):
+            queue.list_ids(JobFilter(), 10)
+        assert queue.pauses() == "[]"
+        assert not any(each.done() for each in slow)
+        other.run("commit")
+        assert [each.result(10) for each in slow] == [[], []]
 
 
 def test_16_mb_are_bytes_not_characters(queue: Queue) -> None:
