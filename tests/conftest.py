@@ -9,10 +9,16 @@ from contextlib import ExitStack
 from typing import Any
 
 import attrs
+import hypothesis
 import pytest
 from pgbouncer import pgbouncer
 from postgres import Database, NoDatabaseError, Sql, connect, find_database, fresh_schema
 from service import Api, Corner, Service, running_service
+
+# The same examples each time: a change is judged by itself. New ones are looked for by `make fuzz`.
+hypothesis.settings.register_profile("same", derandomize=True)
+if "FUZZ_EXAMPLES" not in os.environ:
+    hypothesis.settings.load_profile("same")
 
 database_key = pytest.StashKey[Database]()
 cleanup_key = pytest.StashKey[ExitStack]()
