@@ -1,11 +1,14 @@
 """What a create costs before the queue has anything to do: the service's own server reads, checks and answers, and keeps nothing.
 
-    python bench/floor.py      serves on a free port, which it prints, until it is told to end
+    python bench/floor.py [DATABASE_URL]      serves on a free port, which it prints, until it is told to end
 
-What is left up to the rate of a real create is the queue's: its part of a statement, and the wait for a durable commit.
+With a database each create waits for a commit, of the smallest row there can be, which it shares with those that come meanwhile, as the
+service's do. What is left up to the rate of a real create is the queue's.
 """
 
 import signal
+import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,8 @@ import falcon
 import ground  # noqa: F401  puts the source on the path
 
 import ai_service
+from ai_database import Database
+from ai_database_url import read_database_url
 from ai_requests import NewJob, read_body
 from ai_server import Server, listen
 
@@ -23,14 +28,24 @@ ANSWER = b'{"id":"' + b"x" * 640 + b'"}'
 class Jobs(ai_service.Resource):
     """POST reads and checks a job as the service does."""
 
-    def __init__(self) -> None:
+    def __init__(self, database: Database | None) -> None:
         self.service: Any = SimpleNamespace(settings=SimpleNamespace(max_body_bytes=32 << 20))
+        self.database = database
+        self.committing = ai_service.Gathering(self.commit)
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         """Forgets the job."""
-        read_body(self.body(request), NewJob)
+        job = read_body(self.body(request), NewJob)
+        if self.database:
+            self.committing.call(job, len(job.input))
         response.location = "/api/v1/jobs/0"
         ai_service.send(response, ANSWER, falcon.HTTP_201)
+
+    def commit(self, jobs: Sequence[NewJob]) -> Sequence[object]:
+        """One row for all of them."""
+        assert self.database
+        self.database.run("-- floor\ninsert into floor default values")
+        return jobs
 
 
 class Health:
@@ -43,8 +58,11 @@ class Health:
 
 def main() -> None:
     """Serves until SIGTERM."""
+    database = Database(read_database_url(sys.argv[1]), "public", 8) if sys.argv[1:] else None
+    if database:
+        database.script("create table if not exists floor (n int)")
     app = falcon.App(middleware=[ai_service.Strictness()])
-    app.add_route("/api/v1/jobs", Jobs())
+    app.add_route("/api/v1/jobs", Jobs(database))
     app.add_route("/healthz", Health())
     listener = listen("127.0.0.1", 0)
     server = Server(

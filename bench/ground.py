@@ -110,9 +110,9 @@ class Bench:
             process.wait(30)
 
     @contextmanager
-    def without_queue(self) -> Iterator[Server]:
-        """A process that reads, checks and answers creates as the service does, and has neither queue nor database."""
-        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("floor.py"))], stdout=subprocess.PIPE, text=True)
+    def without_queue(self, *url: str) -> Iterator[Server]:
+        """A process that reads, checks and answers creates as the service does, without a queue; with a `url` it commits each."""
+        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("floor.py")), *url], stdout=subprocess.PIPE, text=True)
         assert process.stdout
         try:
             yield Server(int(process.stdout.readline()), psutil.Process(process.pid))
