@@ -446,7 +446,7 @@ class Queue:
             self._floors.raise_to(lanes or (), seqs or ())
             self._served = [owner for owner in self._served if owner not in (order or ())] + (order or [])
         return [
-            Claimed(str(request.claim_id), text, () if has_text else ids or ()) if outcome == "ok" else OUTCOMES[outcome]()
+            Claimed(str(request.claim_id), text, () if has_text else ids) if outcome == "ok" else OUTCOMES[outcome]()
             for request, text, (outcome, ids, *_, has_text) in zip(requests, texts, outcomes, strict=True)
         ]
 
@@ -455,9 +455,8 @@ class Queue:
         if not claimed.unread:
             return claimed
         rows = self.database.run(
-            "-- queue.claimed_texts\nselect jobs from claimed_texts_v1(array_fill(:claim_id::uuid, array[:count::int]), :job_ids::uuid[])",
-            claim_id=claimed.claim_id,
-            count=len(claimed.unread),
+            "-- queue.claimed_texts\nselect jobs from claimed_texts_v1(:claim_ids::uuid[], :job_ids::uuid[])",
+            claim_ids=[claimed.claim_id] * len(claimed.unread),
             job_ids=claimed.unread,
         )
         return Claimed(claimed.claim_id, rows[0][0] if rows else "")
@@ -1887,6 +1886,14 @@ def serve(settings: Settings) -> int:
     # What is here stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
+    _tell_start(settings, listener.getsockname()[1])
+    server.run()
+    service.stop()
+    log.info("service_stopped")
+    return 0
+
+
+def _tell_start(settings: Settings, port: int) -> None:
     if settings.tokens:
         log.info("access_by_tokens tokens=%s", ", ".join(map(str, settings.tokens)))
     else:
@@ -1895,13 +1902,9 @@ def serve(settings: Settings) -> int:
         "service_started version=%s host=%s port=%d database=%s",
         __version__,
         settings.http_host,
-        listener.getsockname()[1],
+        port,
         settings.database_url.shown,
     )
-    server.run()
-    service.stop()
-    log.info("service_stopped")
-    return 0
 
 
 def check(settings: Settings) -> int:

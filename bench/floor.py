@@ -6,6 +6,7 @@ With a database each create waits for a commit, of the smallest row there can be
 service's do. What is left up to the rate of a real create is the queue's.
 """
 
+import functools
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,27 +26,26 @@ from ai_server import Server, listen
 ANSWER = b'{"id":"' + b"x" * 640 + b'"}'
 
 
+def commit(database: Database, jobs: Sequence[NewJob]) -> Sequence[object]:
+    """One row for all of them."""
+    database.run("-- floor\ninsert into floor default values")
+    return jobs
+
+
 class Jobs(ai_service.Resource):
     """POST reads and checks a job as the service does."""
 
     def __init__(self, database: Database | None) -> None:
         self.service: Any = SimpleNamespace(settings=SimpleNamespace(max_body_bytes=32 << 20))
-        self.database = database
-        self.committing = ai_service.Gathering(self.commit)
+        self.committing = ai_service.Gathering(functools.partial(commit, database)) if database else None
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         """Forgets the job."""
         job = read_body(self.body(request), NewJob)
-        if self.database:
+        if self.committing:
             self.committing.call(job, len(job.input))
         response.location = "/api/v1/jobs/0"
         ai_service.send(response, ANSWER, falcon.HTTP_201)
-
-    def commit(self, jobs: Sequence[NewJob]) -> Sequence[object]:
-        """One row for all of them."""
-        assert self.database
-        self.database.run("-- floor\ninsert into floor default values")
-        return jobs
 
 
 class Health:

@@ -13,7 +13,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -212,6 +212,15 @@ class Service:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+
+def open_files(service: Service) -> list[str]:
+    """What the descriptors of a service stand for: a path, or `socket:[inode]`."""
+    found = []
+    for descriptor in Path(f"/proc/{service.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return found
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from postgres import connect, fresh_schema
-from service import Answer, Api, Corner, Service, encoded, raw_post, running_service, wait_until
+from service import Answer, Api, Corner, Service, encoded, open_files, raw_post, running_service, wait_until
 
 CREATE, CLAIM = "/api/v1/jobs", "/api/v1/jobs/claim"
 MEGABYTE = 1 << 20
@@ -59,15 +59,6 @@ def memory_of(service: Service) -> int:
     """The resident bytes of a service."""
     with open(f"/proc/{service.process.pid}/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def open_files(service: Service) -> list[str]:
-    """What the descriptors of a service stand for: a path, or `socket:[inode]`."""
-    found = []
-    for descriptor in Path(f"/proc/{service.process.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.append(str(descriptor.readlink()))
-    return found
 
 
 def other_end(connection: socket.socket) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import waitress.server
 from postgres import fresh_schema
-from service import Answer, Api, Corner, Service, encoded, raw_post, running_service, wait_until
+from service import Answer, Api, Corner, Service, encoded, open_files, raw_post, running_service, wait_until
 
 from ai_server import Core, Loop
 
@@ -34,11 +34,6 @@ def cores_of(service: Service) -> set[int]:
     """Where the threads of a service may run."""
     threads = Path(f"/proc/{service.process.pid}/task").iterdir()
     return set().union(*(os.sched_getaffinity(int(thread.name)) for thread in threads))
-
-
-def open_files(service: Service) -> int:
-    """How many descriptors a service has open."""
-    return len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
 
 
 def write_busy(stat: Path, busy: dict[int, int]) -> None:
@@ -111,10 +106,10 @@ def test_a_hundred_idle_connections_and_requests_in_a_row_on_one(postgres_url: s
             for _ in range(20):
                 busy.sendall(request)
                 assert b'"status":"ok"' in busy.recv(65536)
-        before = open_files(service)
+        before = len(open_files(service))
         for connection in idle:
             connection.close()
-        wait_until(lambda: open_files(service) <= before - 100, what="the connections' end")
+        wait_until(lambda: len(open_files(service)) <= before - 100, what="the connections' end")
 
 
 # ---------------------------------------------------------------- room for large bodies and answers
