@@ -37,7 +37,7 @@ demo: $(VENV)/.ready
 	@$(VENV)/bin/ai-service demo
 
 run: $(VENV)/.ready
-	@exec $(VENV)/bin/python -m ai_demo run $(DATA)
+	@exec $(VENV)/bin/python -m ai_internal.cli.demo run $(DATA)
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(TESTS) -m "not long"

@@ -8,9 +8,7 @@
                  └── retry ◄── failed | cancelled | running          cancel: pending | running ──► cancelled
 
 Sections, in this order: configuration, queue, waiting room, upkeep, providers' status, HTTP resources, the application, the server,
-the command line. Beside it: `ai_requests.py` has the requests and refusals, `ai_openapi.py` what is told of them, `ai_access.py` who
-may send them, `ai_metrics.py` what is counted, `ai_database.py` the connections, `schema.sql` the queue's functions,
-`ai_page.html` and `ai_docs.html` what people look at.
+the command line. What it is built from lies in `ai_internal/server`, and the queue's functions in `schema.sql`.
 """
 
 import argparse
@@ -40,13 +38,13 @@ import msgspec
 import pg8000.native
 
 import providers
-from ai_access import API, Door, Token, clashes, read_token_file, read_tokens, token_of
-from ai_database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
-from ai_database_url import DatabaseAddress, read_database_url
-from ai_log import about, complain, log_to_stderr, printable, read_log_format, request_id
-from ai_metrics import CONTENT_TYPE, Metrics, Move, Snapshot
-from ai_openapi import document
-from ai_requests import (
+from ai_internal.server.access import API, Door, Token, clashes, read_token_file, read_tokens, token_of
+from ai_internal.server.database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
+from ai_internal.server.database_url import DatabaseAddress, read_database_url
+from ai_internal.server.listener import Server, listen, requests_log
+from ai_internal.server.metrics import CONTENT_TYPE, Metrics, Move, Snapshot
+from ai_internal.server.openapi import document
+from ai_internal.server.requests import (
     MAX_BULK,
     MAX_LOOKUP,
     OUTCOMES,
@@ -107,8 +105,7 @@ from ai_requests import (
     structure,
     text_of,
 )
-from ai_server import Server, listen, requests_log
-from ai_trace import read_traceparent, trace_id
+from ai_internal.telemetry import about, complain, log_to_stderr, printable, read_log_format, read_traceparent, request_id, trace_id
 from providers.settings import SettingsError, duration, flag, read_settings, setting, whole
 
 __version__ = "0.1.0"
@@ -1641,7 +1638,7 @@ class Page(Resource):
 
     def __init__(self, service: "Service", name: str) -> None:
         super().__init__(service)
-        self.html = Path(__file__).with_name(name).read_bytes()
+        self.html = (Path(__file__).parent / "ai_internal" / "server" / "pages" / name).read_bytes()
         self.policy = content_policy(self.html)
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
@@ -1833,8 +1830,8 @@ def create_app(service: Service) -> falcon.App[Any, Any]:
     app.add_route(READINESS, Readiness(service))
     app.add_route("/metrics", MetricsText(service))
     app.add_route("/openapi.json", Interface(service))
-    app.add_route("/docs", Page(service, "ai_docs.html"))
-    app.add_route("/", Page(service, "ai_page.html"))
+    app.add_route("/docs", Page(service, "docs.html"))
+    app.add_route("/", Page(service, "operator.html"))
     app.add_sink(service.door.refuse_unknown, API)
     return app
 
@@ -1958,7 +1955,7 @@ def _print_providers(listed: Sequence[providers.Listed]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `ai-service`. Returns 0, 1 where it failed, or 2 for wrong usage or settings; `ai_cli.EXIT_CODES` has the rest."""
+    """The command `ai-service`. Returns 0, 1 where it failed, or 2 for wrong usage or settings; `cli.commands.EXIT_CODES` has the rest."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="ai-service", description="Owns the life of AI jobs; settings come from the environment.")
     parser.add_argument("--version", action="version", version=f"ai-service {__version__}")
@@ -1971,13 +1968,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="show jobs going in and results coming back")
     commands.add_parser("migrate", help="apply schema.sql to the database in DATABASE_URL")
     if words[:1] not in (["serve"], ["worker"]):
-        import ai_cli  # processes that stay have no use for it
+        from ai_internal.cli.commands import EXIT_CODES, add_commands  # processes that stay have no use for it
 
-        ai_cli.add_commands(commands)
-        parser.epilog, parser.formatter_class = ai_cli.EXIT_CODES, argparse.RawDescriptionHelpFormatter
+        add_commands(commands)
+        parser.epilog, parser.formatter_class = EXIT_CODES, argparse.RawDescriptionHelpFormatter
     options = parser.parse_args(words)
     if "act" in options:
-        return ai_cli.run(options)
+        from ai_internal.cli.commands import run
+
+        return run(options)
     if options.command == "serve" and options.data and not options.embedded:
         parser.error("--data is the folder of the embedded PostgreSQL: it goes with --embedded")
     log_to_stderr(os.environ)
@@ -1987,13 +1986,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "worker":
-        import ai_worker
+        from ai_internal.worker import worker
 
-        return ai_worker.main(os.environ)
+        return worker.main(os.environ)
     if options.command == "demo":
-        import ai_demo
+        from ai_internal.cli import demo
 
-        return ai_demo.main(os.environ)
+        return demo.main(os.environ)
     if options.command == "serve" and options.embedded:
         return _serve_embedded(options.data)
     if options.command == "check" and not os.environ.get("DATABASE_URL", "").strip():
@@ -2002,12 +2001,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _serve_embedded(folder: Path | None) -> int:
-    import ai_embedded
+    from ai_internal.server import embedded
 
     try:
-        with ai_embedded.embedded_postgres(folder or ai_embedded.default_folder()) as url:
+        with embedded.embedded_postgres(folder or embedded.default_folder()) as url:
             return _with_settings({**os.environ, "DATABASE_URL": url}, serve)
-    except ai_embedded.EmbeddedError as error:
+    except embedded.EmbeddedError as error:
         complain(f"ai-service: {error}")
         return 1
 

@@ -24,8 +24,8 @@ import pg8000.native
 from ground import Bench
 from peers import program
 
-from ai_database import Database, migrate
-from ai_database_url import read_database_url
+from ai_internal.server.database import Database, migrate
+from ai_internal.server.database_url import read_database_url
 from ai_service import Queue
 
 PAYLOAD = '{"text": "' + "x" * 1000 + '"}'

@@ -17,10 +17,10 @@ import falcon
 import ground  # noqa: F401  puts the source on the path
 
 import ai_service
-from ai_database import Database
-from ai_database_url import read_database_url
-from ai_requests import NewJob, read_body
-from ai_server import Server, listen
+from ai_internal.server.database import Database
+from ai_internal.server.database_url import read_database_url
+from ai_internal.server.listener import Server, listen
+from ai_internal.server.requests import NewJob, read_body
 
 # As long as the answer to a create.
 ANSWER = b'{"id":"' + b"x" * 640 + b'"}'

@@ -20,7 +20,7 @@ import speed
 import waiting
 from ground import Bench, Table
 
-import ai_embedded
+from ai_internal.server import embedded
 
 CASES: dict[str, Callable[[Bench], float | None]] = {
     "lives": speed.lives,
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     table = Table()
-    with tempfile.TemporaryDirectory() as folder, ai_embedded.embedded_postgres(Path(folder)) as url:
+    with tempfile.TemporaryDirectory() as folder, embedded.embedded_postgres(Path(folder)) as url:
         try:
             run(Bench(url, table, options.seconds, options.scale), _names(options.cases), _names(options.peers), options.jobs)
         finally:

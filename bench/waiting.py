@@ -18,7 +18,7 @@ import clients
 import pg8000.native
 from ground import Bench
 
-from ai_database_url import read_database_url
+from ai_internal.server.database_url import read_database_url
 
 WORKERS = 200
 # A claim that is sent is parked a few milliseconds later; on a machine with other work it may take some tens of them.

@@ -22,7 +22,7 @@ from pathlib import Path
 import attrs
 from service import INHERITED
 
-import ai_embedded
+from ai_internal.server import embedded
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "# Not run by a test: "
@@ -86,7 +86,7 @@ def run_page(folder: Path, some: list[Block], url: str, token: str, environ: Map
     results.mkdir()
     machine = {name: os.environ[name] for name in INHERITED if name in os.environ}
     # pg_dump must not be older than the server; the one that comes with the embedded server is its age.
-    path = os.pathsep.join((str(Path(sys.executable).parent), str(ai_embedded._programs()), machine["PATH"]))
+    path = os.pathsep.join((str(Path(sys.executable).parent), str(embedded._programs()), machine["PATH"]))
     line = ["bash", "-euo", "pipefail", "-c", _script(some, results, _replaced(url, token))]
     given = {**machine, "PATH": path, "HOME": str(folder), "PYTHONPATH": str(ROOT), **environ}
     status, errors = _ended(line, folder, given)

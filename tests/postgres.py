@@ -23,7 +23,7 @@ import attrs
 from pg8000.native import Connection
 from pytest_docker.plugin import Services, get_cleanup_command, get_docker_ip, get_docker_services
 
-import ai_embedded
+from ai_internal.server import embedded
 
 COMPOSE_FILE = Path(__file__).parent / "docker-compose.yml"
 
@@ -152,13 +152,13 @@ class EmbeddedServer:
 
     def _reachable_programs(self) -> Path:
         try:
-            programs = ai_embedded._programs()
-        except ai_embedded.EmbeddedError as error:
+            programs = embedded._programs()
+        except embedded.EmbeddedError as error:
             raise NoDatabaseError(f"no TEST_DATABASE_URL, no Docker engine, and {error}") from None
         if self._account is None:
             return programs
         account = pwd.getpwnam(self._account)
-        return ai_embedded._executable_by(ai_embedded._Account(account.pw_uid, account.pw_gid), programs, self._folder)
+        return embedded._executable_by(embedded._Account(account.pw_uid, account.pw_gid), programs, self._folder)
 
     def _identity(self) -> dict[str, Any]:
         if self._account is None:

@@ -22,7 +22,7 @@ from fake_vllm import fake_vllm
 from postgres import fresh_schema
 from service import MAIN, Answer, Api, Corner, Service, encoded, raw_post, running_service, wait_until, worker_process
 
-from ai_access import audit, token_of
+from ai_internal.server.access import audit, token_of
 from ai_service import Service as Application
 from ai_service import Settings, create_app
 from providers.settings import SettingsError

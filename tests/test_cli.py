@@ -22,9 +22,9 @@ from service import INHERITED, MAIN, Api, Corner, Service, running_service, wait
 from terminal import Terminal, terminal
 
 import ai_service
-from ai_cli import EXIT_CODES
-from ai_requests import JobFilter
-from ai_terminal import Column, Table, duration_text
+from ai_internal.cli.commands import EXIT_CODES
+from ai_internal.cli.terminal import Column, Table, duration_text
+from ai_internal.server.requests import JobFilter
 
 PROGRAM = (sys.executable, str(MAIN))
 SECRETS = {"own": "own-0123456789abcdef", "worker": "worker-0123456789abcdef", "operator": "operator-0123456789abcdef"}

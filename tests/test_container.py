@@ -25,8 +25,8 @@ from pytest_docker.plugin import Services
 from service import Api, Corner, Service, wait_until
 
 import ai_service
-import ai_worker
 import providers.vllm
+from ai_internal.worker import worker
 from providers.settings import declared
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_compose_has_no_secret_of_its_own_and_publishes_to_this_machine_only() -
 
 
 def test_compose_names_only_settings_that_exist() -> None:
-    known = {each.name for kind in (ai_service.Settings, ai_worker.Settings, providers.vllm.VLLM.settings) for each in declared(kind)}
+    known = {each.name for kind in (ai_service.Settings, worker.Settings, providers.vllm.VLLM.settings) for each in declared(kind)}
     assert [name for each in ("service", "worker") for name in COMPOSE["services"][each]["environment"] if name not in known] == []
 
 

@@ -9,9 +9,9 @@ import pytest
 from postgres import connect, fresh_schema
 from service import wait_until
 
-from ai_database import Database, literal, refusal_of
-from ai_database_url import read_database_url
-from ai_requests import DatabaseBusy, DatabaseUnavailable, MalformedJson, Refusal, SchemaMissing, ValidationFailed
+from ai_internal.server.database import Database, literal, refusal_of
+from ai_internal.server.database_url import read_database_url
+from ai_internal.server.requests import DatabaseBusy, DatabaseUnavailable, MalformedJson, Refusal, SchemaMissing, ValidationFailed
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from pg8000.exceptions import DatabaseError, InterfaceError
 from pg8000.native import Connection
 from postgres import EmbeddedServer
 
-from ai_database_url import DatabaseUnreachable, DatabaseUrlError, read_database_url
+from ai_internal.server.database_url import DatabaseUnreachable, DatabaseUrlError, read_database_url
 
 SECRET = "Pa55-word"
 ME = pwd.getpwuid(os.geteuid()).pw_name

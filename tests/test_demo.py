@@ -18,14 +18,14 @@ import pytest
 from postgres import free_port
 from service import wait_until
 
-import ai_demo
 from ai_client import AIService, NewJob, ServiceError
+from ai_internal.cli import demo
 
-ROOT = Path(ai_demo.__file__).parent
+ROOT = Path(demo.__file__).parents[2]
 TASK_TYPES = ("transcribe", "call_analysis", "tg_analysis", "pf_competitor_analysis")
 
 
-class Refusing(ai_demo.StandInChat):
+class Refusing(demo.StandInChat):
     """A chat server that refuses every completion, and remembers the keys it was shown."""
 
     keys: ClassVar[list[str]] = []
@@ -101,19 +101,19 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def test_jobs_are_of_the_four_task_types_and_of_more_than_one_alphabet() -> None:
-    jobs = ai_demo._jobs("some-model")
+    jobs = demo._jobs("some-model")
     assert {job.task_type for job in jobs} == set(TASK_TYPES)
     assert {job.model_profile for job in jobs} == {"whisperx", "some-model"}
     assert len({(job.owner_service, job.owner_ref, job.task_type) for job in jobs}) == len(jobs)
-    assert {"Д", "海", "🥶", "ö"} <= set(ai_demo.JOBS.read_text(encoding="utf-8"))
+    assert {"Д", "海", "🥶", "ö"} <= set(demo.JOBS.read_text(encoding="utf-8"))
 
 
 def test_stand_in_fits_every_schema_of_the_jobs() -> None:
-    for line in ai_demo.JOBS.read_text(encoding="utf-8").splitlines():
+    for line in demo.JOBS.read_text(encoding="utf-8").splitlines():
         request = json.loads(line)["input"]
         if "response_format" in request:
             schema = request["response_format"]["json_schema"]["schema"]
-            answer = json.loads(ai_demo._stand_in_answer(request))
+            answer = json.loads(demo._stand_in_answer(request))
             assert list(answer) == schema["required"]
             assert re.match(schema["properties"]["summary"]["pattern"], answer["summary"])
             assert "stand-in" in answer["summary"]
@@ -169,7 +169,7 @@ def test_demo_whose_service_cannot_start_says_why(environ: dict[str, str]) -> No
 @pytest.mark.long
 def test_run_killed_altogether_comes_back_with_nothing_lost(environ: dict[str, str], tmp_path: Path) -> None:
     environ |= {"HTTP_PORT": str(free_port())}
-    command = ["-m", "ai_demo", "run", str(tmp_path / "data")]
+    command = ["-m", "ai_internal.cli.demo", "run", str(tmp_path / "data")]
     with AIService(f"http://127.0.0.1:{environ['HTTP_PORT']}") as service:
         with started(command, environ) as process:
             read_until(process, "AI Service listens on")
@@ -192,14 +192,14 @@ def test_run_starts_again_what_dies(environ: dict[str, str], tmp_path: Path) -> 
     environ |= {"HTTP_PORT": str(free_port())}
     with (
         AIService(f"http://127.0.0.1:{environ['HTTP_PORT']}") as service,
-        started(["-m", "ai_demo", "run", str(tmp_path / "data")], environ) as process,
+        started(["-m", "ai_internal.cli.demo", "run", str(tmp_path / "data")], environ) as process,
     ):
         read_until(process, "NO MODEL RUNS")
         [served] = [each for each in family(process.pid) if each.cmdline()[-1:] == ["serve"]]
         served.kill()
         read_until(process, "ai-service serve ended with status -9; starting it again")
         wait_until(lambda: ready(service), seconds=30)
-        audio = json.loads(ai_demo.JOBS.read_text(encoding="utf-8").splitlines()[0])["input"]
+        audio = json.loads(demo.JOBS.read_text(encoding="utf-8").splitlines()[0])["input"]
         job = service.create_job(NewJob("telephony", "beeline/3", "transcribe", "whisperx", input=audio))
         assert service.wait_for_job(job.id, 60).result["text"] == "A stand-in wrote this, no audio was heard."
         process.terminate()

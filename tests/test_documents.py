@@ -19,10 +19,10 @@ from pages import NOT_RUN, Block, blocks, documents, is_as_told, run_page
 from postgres import connect, fresh_schema
 from service import INHERITED, Service, program, wait_until
 
-import ai_worker
 import providers.openclaw
 import providers.vllm
 import providers.whisperx
+from ai_internal.worker import worker
 from ai_service import Settings
 from providers.settings import SettingsError, declared
 
@@ -51,7 +51,7 @@ def test_every_setting_of_the_service_is_in_the_table_with_its_default() -> None
 
 
 TABLES = {
-    "Settings of the worker": [ai_worker],
+    "Settings of the worker": [worker],
     "Settings of the providers": [providers.vllm, providers.whisperx, providers.openclaw],
 }
 
@@ -110,7 +110,7 @@ def all_running(database_url: str, schema: str, folder: Path, **settings: str) -
     """What `make run` keeps running; the service's address."""
     machine = {name: os.environ[name] for name in INHERITED if name in os.environ}
     database = {"DATABASE_URL": database_url, "DATABASE_SCHEMA": schema, "HTTP_PORT": "0", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "ai_demo", "run", str(folder)]
+    command = [sys.executable, "-m", "ai_internal.cli.demo", "run", str(folder)]
     log = folder / "run.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env={**machine, **database, **settings}, stderr=stderr)

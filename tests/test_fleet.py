@@ -15,8 +15,8 @@ import attrs
 import pytest
 from service import wait_until
 
+from ai_internal.worker.fleet import Circuit, Fleet
 from providers import Checks, Health, Job, Listed, Never, NotCompleted, NotNow, Result, Unsupported
-from providers.fleet import Circuit, Fleet
 
 FINE = Result("fine")
 REFUSED = NotNow("unavailable", "connection refused", burns_attempt=False)

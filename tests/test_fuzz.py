@@ -28,9 +28,9 @@ from postgres import fresh_schema
 from service import Answer, Api, Corner, Service, running_service
 
 import ai_service
-import ai_worker
-from ai_database_url import DatabaseUrlError, read_database_url
-from ai_requests import ValidationFailed, count_usage
+from ai_internal.server.database_url import DatabaseUrlError, read_database_url
+from ai_internal.server.requests import ValidationFailed, count_usage
+from ai_internal.worker import worker
 from providers import Job, NotCompleted, NotConfigured, Result, SettingsError, declared, parse_duration, provider_settings
 from providers.audio import AudioSettings, audio_of
 from providers.exchange import said
@@ -73,7 +73,7 @@ PIECES = ["http://", "https://", "postgresql://", ":", "@", "/", "?", "#", "%", 
           quote(f"{SECRET}/", safe="")]  # fmt: skip
 NEAR_TEXT = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 PLAIN_TEXT = NEAR_TEXT.map(lambda text: text.replace(SECRET, ""))
-KINDS = (ai_service.Settings, ai_worker.Settings, VLLMSettings, WhisperXSettings, OpenClawSettings)
+KINDS = (ai_service.Settings, worker.Settings, VLLMSettings, WhisperXSettings, OpenClawSettings)
 
 
 def environments(kind: type) -> st.SearchStrategy[dict[str, str]]:

@@ -20,9 +20,9 @@ from fake_vllm import fake_vllm
 from postgres import EmbeddedServer, connect
 from service import MAIN, Corner, Service, running_service, wait_until, worker_process
 
-import ai_demo
 from ai_client import Job, JobError, RawJSON
-from ai_log import JsonFormatter, LineFormatter, _pattern, about, printable
+from ai_internal.cli import demo
+from ai_internal.telemetry import JsonFormatter, LineFormatter, _pattern, about, printable
 
 ROOT = Path(__file__).parent.parent
 FORGED = "\n2026-01-01 00:00:00,000 ERROR ai_service forged \x1b]0;title\x07\x1b[2J\x9b31m\u202egnp\u2028\r\x08"
@@ -128,7 +128,7 @@ def test_an_exception_is_one_member_of_the_json() -> None:
 
 def log_calls() -> Iterator[tuple[str, str]]:
     """Where events are logged in the source, and the words of each."""
-    for path in (*ROOT.glob("ai_*.py"), *ROOT.glob("providers/*.py")):
+    for path in (*ROOT.glob("ai_*.py"), *ROOT.glob("ai_internal/**/*.py"), *ROOT.glob("providers/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             words = [each.value for each in getattr(node, "args", ()) if isinstance(each, ast.Constant)] if is_log_call(node) else []
             yield from ((f"{path.name}:{node.lineno}", text) for text in words[:1] if isinstance(text, str))
@@ -251,8 +251,9 @@ def test_a_format_of_the_log_that_is_none_stops_the_start(command: str) -> None:
 
 def test_what_ends_a_process_or_a_thread_and_warnings_are_events() -> None:
     script = """
-        import threading, warnings, logging, ai_log
-        ai_log.log_to_stderr()
+        import threading, warnings, logging
+        from ai_internal import telemetry
+        telemetry.log_to_stderr()
         warnings.warn("something\\nis old")
         thread = threading.Thread(target=lambda: 1 / 0, name="poor")
         thread.start()
@@ -281,8 +282,8 @@ def test_nothing_that_a_model_service_answers_reaches_the_terminal_of_check_as_i
 def test_what_a_model_says_reaches_the_terminal_of_the_demo_as_printable_text(capsys: pytest.CaptureFixture[str]) -> None:
     error = JobError("internal", FORGED)
     job = Job(id="1", status="failed", owner_service="demo", owner_ref=f"ref{FORGED}", task_type="chat", model_profile="any", error=error)
-    ai_demo._print_change(job, 1.0)
-    ai_demo._print_table([job, attrs.evolve(job, error=None, raw_result=RawJSON('{"content": "a\\u001b[2Jb"}'))])
+    demo._print_change(job, 1.0)
+    demo._print_table([job, attrs.evolve(job, error=None, raw_result=RawJSON('{"content": "a\\u001b[2Jb"}'))])
     shown = capsys.readouterr().out
     assert shown.count("forged") >= 3
     assert [line for line in shown.split("\n") if not line.isprintable()] == []

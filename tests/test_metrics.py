@@ -15,7 +15,7 @@ from postgres import connect
 from prometheus_client.parser import text_string_to_metric_families
 from service import Corner, Service, running_service, wait_until
 
-from ai_metrics import BORDERS, OTHER, Metrics, Move, border
+from ai_internal.server.metrics import BORDERS, OTHER, Metrics, Move, border
 from providers.conformance import closed_port
 
 ROOT = Path(__file__).parent.parent

@@ -22,10 +22,10 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from service import Answer, Api, Corner, Service, encoded, running_service
 
-import ai_requests
-from ai_answers import WORDS
-from ai_openapi import OPERATIONS
-from ai_requests import Check, Refusal
+from ai_internal.server import requests
+from ai_internal.server.answers import WORDS
+from ai_internal.server.openapi import OPERATIONS
+from ai_internal.server.requests import Check, Refusal
 from ai_service import STATUS_OF, Settings, create_app
 from ai_service import Service as Application
 
@@ -128,7 +128,7 @@ def checks() -> list[Check]:
         for part in get_args(kind):
             yield from within(part)
 
-    kinds = [kind for kind in vars(ai_requests).values() if isinstance(kind, type) and attrs.has(kind)]
+    kinds = [kind for kind in vars(requests).values() if isinstance(kind, type) and attrs.has(kind)]
     return list({id(check): check for kind in kinds for field in attrs.fields(kind) for check in within(field.type)}.values())
 
 
@@ -157,7 +157,7 @@ def is_accepted(check: Check, value: Any) -> bool:
 FIELDS = sorted(
     {
         field.name.rstrip("_")
-        for kind in vars(ai_requests).values()
+        for kind in vars(requests).values()
         if isinstance(kind, type) and attrs.has(kind)
         for field in attrs.fields(kind)
     }
@@ -192,7 +192,7 @@ def test_the_service_reads_the_documented_fields_of_an_item(api: Api, document: 
     item = resolved(document, body_schema(document, method, path)["properties"]["jobs"]["items"])
     filled, empty = (problems_of_item(api, path, fields) for fields in (FILLED, {}))
     assert set(FIELDS) - told_of(filled, NO_FIELD) - {"id"} == set(item["properties"]) - {"id"}
-    defaults = ai_requests.JobDefaults if path.endswith("batch") else ai_requests.Nothing
+    defaults = requests.JobDefaults if path.endswith("batch") else requests.Nothing
     common = {field.name for field in attrs.fields(defaults)}
     assert told_of(empty, "is required") - common == set(item["required"]) - {"id"}
 

@@ -60,17 +60,18 @@ def run(command: list[str], cwd: Path) -> str:
 
 
 def test_wheel_holds_every_module_of_the_project_and_no_tests(wheel: Path) -> None:
-    names = {Path(name).parts[0] for name in zipfile.ZipFile(wheel).namelist()}
+    names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.name for path in ROOT.glob("*.py")}
-    assert names == {
+    assert {Path(name).parts[0] for name in names} == {
         *modules,
+        "ai_internal",
         "providers",
         "schema.sql",
-        "demo_jobs.jsonl",
-        "ai_docs.html",
-        "ai_page.html",
         f"ai_service-{PROJECT['version']}.dist-info",
     }
+    for folder in ("ai_internal", "providers"):
+        files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.*") if path.is_file() and path.suffix != ".pyc"}
+        assert files == {name for name in names if name.startswith(f"{folder}/")}
 
 
 def test_installed_command_says_its_version(installed: Path, tmp_path: Path) -> None:
@@ -79,9 +80,10 @@ def test_installed_command_says_its_version(installed: Path, tmp_path: Path) -> 
 
 def test_installed_modules_find_their_files(installed: Path, tmp_path: Path) -> None:
     program = (
-        "import ai_service, ai_demo, json, pathlib; folder = pathlib.Path(ai_service.__file__).parent;"
-        "print(json.dumps([str(folder), (folder / 'schema.sql').is_file(), ai_demo.JOBS.is_file(),"
-        " *((folder / name).is_file() for name in ('ai_page.html', 'ai_docs.html'))]))"
+        "import ai_service, json, pathlib; from ai_internal.cli import demo; from ai_internal.server import database;"
+        "folder = pathlib.Path(ai_service.__file__).parent;"
+        "print(json.dumps([str(folder), database.SCHEMA_FILE.is_file(), demo.JOBS.is_file(),"
+        " *((folder / 'ai_internal/server/pages' / name).is_file() for name in ('operator.html', 'docs.html'))]))"
     )
     folder, *found = json.loads(run([str(installed / "python"), "-c", program], tmp_path))
     assert Path(folder).is_relative_to(installed.parent)

@@ -13,10 +13,9 @@ from pgbouncer import pgbouncer
 from postgres import connect, fresh_schema
 from service import Corner, running_service, wait_until
 
-import ai_database
-from ai_database import Database, migrate, schema_version
-from ai_database_url import read_database_url
-from ai_requests import DatabaseBusy, MalformedJson
+from ai_internal.server.database import SCHEMA_VERSION, SESSION, Database, migrate, schema_version
+from ai_internal.server.database_url import read_database_url
+from ai_internal.server.requests import DatabaseBusy, MalformedJson
 from ai_service import Queue, Settings
 from providers.settings import SettingsError
 
@@ -67,7 +66,7 @@ def test_every_statement_finds_its_settings_and_leaves_none(database: Database) 
 
 
 def test_a_statement_is_stopped_by_its_own_limits(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ai_database.SESSION, "statement_timeout", "200ms")
+    monkeypatch.setitem(SESSION, "statement_timeout", "200ms")
     with pytest.raises(DatabaseBusy):
         database.run("-- test\nselect pg_sleep(20)")
     assert database.run("-- test\nselect 1") == [[1]]
@@ -94,7 +93,7 @@ def test_a_refused_statement_leaves_the_connection_whole(database: Database) -> 
 def test_the_schema_is_applied_and_partitions_come_and_go(database: Database) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(migrate, [database] * 4))
-    assert schema_version(database) == ai_database.SCHEMA_VERSION
+    assert schema_version(database) == SCHEMA_VERSION
     queue = Queue(database)
     queue.prepare_partitions(None)
     assert database.run("-- test\nselect count(*) from partition_borders('job')") == [[1]]

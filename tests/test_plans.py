@@ -11,8 +11,8 @@ import pytest
 from pg8000.native import Connection
 from postgres import connect, fresh_schema
 
-from ai_database import Database, migrate
-from ai_database_url import read_database_url
+from ai_internal.server.database import Database, migrate
+from ai_internal.server.database_url import read_database_url
 
 PENDING, LANES = 30_000, 60
 BIG = ("ready", "job", "held", "ended", "waiting")

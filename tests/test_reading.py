@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import ai_requests
-from ai_requests import (
+from ai_internal.server import requests
+from ai_internal.server.requests import (
     UNCLEAR,
     BatchReader,
     BulkRetry,
@@ -146,11 +146,11 @@ def test_what_is_read_at_once_would_be_taken_for_the_same_at_a_second_look(kind:
 
 
 @often(3)
-@given(defaults=st.none() | objects(ai_requests.JobDefaults), jobs=st.lists(objects(NewJob), max_size=3))
+@given(defaults=st.none() | objects(requests.JobDefaults), jobs=st.lists(objects(NewJob), max_size=3))
 def test_a_batch_read_at_once_would_be_taken_for_the_same_at_a_second_look(defaults: str | None, jobs: list[str]) -> None:
     given_defaults = "" if defaults is None else f'"defaults": {defaults}, '
     body = f'{{{given_defaults}"jobs": [{", ".join(jobs)}]}}'.encode()
-    agree(lambda: BatchReader().read(body), lambda: ai_requests._structure_batch(body))
+    agree(lambda: BatchReader().read(body), lambda: requests._structure_batch(body))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -169,7 +169,7 @@ def test_a_default_read_at_once_means_what_it_means_at_a_second_look(name: str) 
     job = ", ".join(f'"{each}": {value}' for each, value in facts.items() if each != name)
     for text in TEXTS:
         body = f'{{"defaults": {{"{name}": {text}}}, "jobs": [{{{job}}}, {{{job}, "{name}": null}}]}}'.encode()
-        agree(functools.partial(BatchReader().read, body), functools.partial(ai_requests._structure_batch, body))
+        agree(functools.partial(BatchReader().read, body), functools.partial(requests._structure_batch, body))
 
 
 @pytest.mark.parametrize("kind", GOOD, ids=lambda kind: kind.__name__)
@@ -182,7 +182,7 @@ def test_a_batch_in_which_nothing_is_wrong_needs_no_second_look() -> None:
     defaults = {"owner_service": "a", "task_type": "b", "model_profile": "c", "input": 1, "priority": 3, "run_at": "2026-01-01T00:00:00Z"}
     jobs = [{"owner_ref": "d"}, {"owner_ref": "e", "priority": None, "input": None}, GOOD[NewJob]]
     body = msgspec.json.encode({"defaults": defaults, "jobs": jobs})
-    assert agree(lambda: BatchReader().read(body), lambda: ai_requests._structure_batch(body))
+    assert agree(lambda: BatchReader().read(body), lambda: requests._structure_batch(body))
     first, second, third = BatchReader().read(body)
     assert (first.priority, first.input, first.run_at) == (3, "1", "2026-01-01T00:00:00Z")
     assert (second.priority, second.input) == (None, "null")
@@ -206,5 +206,5 @@ def test_an_ill_item_takes_the_second_look(ill: str) -> None:
 
 def test_only_the_second_look_explains() -> None:
     with pytest.raises(Refusal) as refused:
-        ai_requests.read_body(b'{"worker_id": "", "limit": 0, "other": 1}', ClaimRequest)
+        requests.read_body(b'{"worker_id": "", "limit": 0, "other": 1}', ClaimRequest)
     assert sorted(error["path"] for error in refused.value.errors) == ["/limit", "/other", "/worker_id"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from real_servers import Server, real_server
-from service import INHERITED, MAIN, Corner, Service, wait_until
+from service import INHERITED, Corner, Service, wait_until
 
 pytestmark = pytest.mark.real
 
@@ -37,7 +37,7 @@ def worker(service: Service, corner: Corner, tmp_path: Path) -> Iterator[Start]:
         url = f"http://127.0.0.1:{service.api.port}"
         own = {"AI_SERVICE_URL": url, "WORKER_SPOOL_DIR": str(tmp_path / "spool"), "WORKER_LEASE_SECONDS": "15"}
         with log.open("a") as stderr:
-            command = [sys.executable, str(MAIN.with_name("ai_worker.py"))]
+            command = [sys.executable, "-m", "ai_internal.worker.worker"]
             started.append(subprocess.Popen(command, env={**machine, **own, **settings}, stderr=stderr, text=True))
         return started[-1]
 

@@ -12,9 +12,9 @@ from postgres import connect, fresh_schema
 from service import running_service, wait_until
 
 import ai_service
-from ai_database import SCHEMA_VERSION, Database, migrate, schema_version
-from ai_database_url import read_database_url
-from ai_requests import ClaimRequest, Completion, DatabaseBusy, Heartbeat, JobFilter, NewJob, SchemaMissing
+from ai_internal.server.database import SCHEMA_VERSION, Database, migrate, schema_version
+from ai_internal.server.database_url import read_database_url
+from ai_internal.server.requests import ClaimRequest, Completion, DatabaseBusy, Heartbeat, JobFilter, NewJob, SchemaMissing
 from ai_service import Claimed, Queue
 
 

@@ -23,9 +23,9 @@ from fake_service import FakeService, Seen, answers
 from postgres import PASSWORD, connect, free_port, fresh_schema
 from service import MAIN, Answer, Api, Corner, running_service, wait_until, worker_process
 
-from ai_database_url import read_database_url
+from ai_internal.server.database_url import read_database_url
+from ai_internal.worker.worker import Settings as WorkerSettings
 from ai_service import Settings
-from ai_worker import Settings as WorkerSettings
 from providers.openclaw import OpenClawSettings
 from providers.settings import declared
 from providers.vllm import VLLMSettings

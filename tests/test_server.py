@@ -16,7 +16,7 @@ import waitress.server
 from postgres import fresh_schema
 from service import Answer, Api, Corner, Service, encoded, open_files, raw_post, running_service, wait_until
 
-from ai_server import Core, Loop
+from ai_internal.server.listener import Core, Loop
 
 CORES = sorted(os.sched_getaffinity(0))
 several_cores = pytest.mark.skipif(len(CORES) < 2, reason="this machine lends one core")

@@ -16,9 +16,8 @@ from postgres import connect
 from service import Answer, Api, Corner, Service, encoded, raw_post, wait_until, worker_process
 
 from ai_client import AIService, NotFound, ServiceError
-from ai_log import about, begin_request, request_id
+from ai_internal.telemetry import about, begin_request, child_of, read_traceparent, request_id, span_id, trace_id
 from ai_service import Gathering, _Call
-from ai_trace import child_of, read_traceparent, span_id, trace_id
 
 JOBS = "/api/v1/jobs"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

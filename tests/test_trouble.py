@@ -32,7 +32,7 @@ import pytest
 from fake_vllm import fake_vllm
 from pgbouncer import require
 from postgres import EmbeddedServer, connect
-from service import INHERITED, MAIN, Answer, Corner, Service, running_service, wait_until
+from service import INHERITED, Answer, Corner, Service, running_service, wait_until
 
 JOBS = "/api/v1/jobs"
 long = pytest.mark.skipif(os.environ.get("TROUBLE_ALL") != "1", reason="make trouble")
@@ -365,7 +365,7 @@ def test_a_worker_whose_clock_is_a_day_wrong_does_its_work(
     environ |= {"AI_SERVICE_URL": f"http://127.0.0.1:{corner.api.port}", "WORKER_SPOOL_DIR": str(tmp_path / "spool")}
     log = tmp_path / "log"
     with fake_vllm(model=corner.model_profile) as model, log.open("w") as written:
-        command = [sys.executable, str(MAIN.with_name("ai_worker.py"))]
+        command = [sys.executable, "-m", "ai_internal.worker.worker"]
         worker = subprocess.Popen(command, env={**environ, **model.environ}, stderr=written)
         try:
             wait_until(lambda: all(corner.look(job)["status"] == "completed" for job in jobs), 30)

@@ -17,7 +17,7 @@ from load import Load
 from postgres import connect, fresh_schema
 from service import Corner, Service, wait_until
 
-from ai_database import SCHEMA_VERSION
+from ai_internal.server.database import SCHEMA_VERSION
 
 ROOT = Path(__file__).parent.parent
 # Long enough for a call that was about to be sent when its side was taken away.
@@ -30,7 +30,7 @@ def git(*arguments: str) -> bytes:
 
 def commit_before_this_schema() -> str:
     """The last commit with the previous version of the schema: HEAD while the present one is not committed yet."""
-    found = git("log", "--format=%H", f"-SSCHEMA_VERSION = {SCHEMA_VERSION}", "--", "ai_database.py").decode().split()
+    found = git("log", "--format=%H", f"-SSCHEMA_VERSION = {SCHEMA_VERSION}", "--", "*database.py").decode().split()
     return f"{found[-1]}^" if found else "HEAD"
 
 

@@ -12,9 +12,9 @@ import pytest
 from postgres import connect, fresh_schema
 from service import wait_until
 
-from ai_database import Database, migrate
-from ai_database_url import read_database_url
-from ai_requests import ClaimRequest, NewJob
+from ai_internal.server.database import Database, migrate
+from ai_internal.server.database_url import read_database_url
+from ai_internal.server.requests import ClaimRequest, NewJob
 from ai_service import CLAIMED_AT_ONCE_BYTES, Claimed, Queue, WaitingRoom
 
 LATE_CREATE = (

@@ -30,7 +30,19 @@ from postgres import Sql
 from service import INHERITED, MAIN, Corner, Service, wait_until
 
 from ai_client import AIService, ClaimedJob, RawJSON, object_text
-from ai_worker import MAX_UNDELIVERED, OVERDUE_SECONDS, STUCK_SECONDS, Delivery, Outcome, Running, Settings, Spool, SpoolFull, Watch, Worker
+from ai_internal.worker.worker import (
+    MAX_UNDELIVERED,
+    OVERDUE_SECONDS,
+    STUCK_SECONDS,
+    Delivery,
+    Outcome,
+    Running,
+    Settings,
+    Spool,
+    SpoolFull,
+    Watch,
+    Worker,
+)
 from providers import GROUP, Health, Job, Listed, Never, NotNow, Result, SettingsError, Unsupported
 
 # ---------------------------------------------------------------- a worker in a thread
@@ -819,7 +831,7 @@ class Plant:
     def start(self, **environ: str) -> Process:
         log = self.folder / f"worker-{len(self.processes)}.log"
         with log.open("w") as stderr:
-            command = [sys.executable, str(MAIN.with_name("ai_worker.py"))]
+            command = [sys.executable, "-m", "ai_internal.worker.worker"]
             process = subprocess.Popen(command, env={**self.environ, **environ}, stderr=stderr, stdout=subprocess.DEVNULL, text=True)
         self.processes.append(Process(process, log))
         return self.processes[-1]
@@ -974,7 +986,7 @@ def test_a_worker_works_through_a_time_without_service(start_service: Callable[.
 
 def test_a_worker_without_providers_says_so(plant: Plant) -> None:
     environ = {name: value for name, value in plant.environ.items() if name != "GATE_PROFILE"}
-    command = [sys.executable, str(MAIN.with_name("ai_worker.py"))]
+    command = [sys.executable, "-m", "ai_internal.worker.worker"]
     ended_process = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=20, check=False)
     assert ended_process.returncode == 2
     assert "no provider is set up" in ended_process.stderr
@@ -1006,7 +1018,7 @@ def test_two_providers_of_one_profile_need_an_order(plant: Plant) -> None:
 
 
 def test_the_worker_needs_neither_the_service_nor_a_database(plant: Plant) -> None:
-    code = "import sys, ai_worker; print(sorted({'ai_service', 'pg8000', 'falcon', 'waitress'} & set(sys.modules)))"
+    code = "import sys, ai_internal.worker.worker; print(sorted({'ai_service', 'pg8000', 'falcon', 'waitress'} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     told = subprocess.run(command, cwd=MAIN.parent, env=plant.environ, capture_output=True, text=True, timeout=20, check=True)
     assert told.stdout.strip() == "[]"

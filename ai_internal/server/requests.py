@@ -19,7 +19,7 @@ import msgspec
 from cattrs.errors import AttributeValidationNote, IterableValidationError, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn
 
-from ai_trace import TRACEPARENT
+from ai_internal.telemetry import TRACEPARENT
 
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -30,8 +30,7 @@ import waitress.task
 import waitress.utilities
 import waitress.wasyncore
 
-from ai_log import begin_request
-from ai_trace import trace_id
+from ai_internal.telemetry import begin_request, trace_id
 
 log = logging.getLogger("ai_service.server")
 # One line for each request, where LOG_REQUESTS asks for them.

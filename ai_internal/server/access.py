@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 import falcon
 
-from ai_requests import ClaimRequest, Forbidden, JobFilter, JobNotFound, NewJob, NotFound, Unauthorized
+from ai_internal.server.requests import ClaimRequest, Forbidden, JobFilter, JobNotFound, NewJob, NotFound, Unauthorized
 from providers.settings import is_profile_name
 
 audit = logging.getLogger("ai_service.audit")

@@ -3,7 +3,7 @@
 What a field must be is told by the checks that judge it, so the document cannot say anything else. Tests hold the operations to the
 routes of the application, the schemas of answers to what a running service answers, and the examples to the schemas.
 
-`ai_answers.py` has the types of answers, the words and the examples. Sections: operations, schemas, the document.
+`answers.py` has the types of answers, the words and the examples. Sections: operations, schemas, the document.
 """
 
 import inspect
@@ -14,8 +14,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 import attrs
 
-from ai_access import ROUTES
-from ai_answers import (
+from ai_internal.server.access import ROUTES
+from ai_internal.server.answers import (
     EXAMPLES,
     NEW_JOB,
     WORDS,
@@ -35,8 +35,7 @@ from ai_answers import (
     Stats,
     Workers,
 )
-from ai_log import REQUEST_ID as REQUEST_ID_FORM
-from ai_requests import (
+from ai_internal.server.requests import (
     LENIENT,
     MAX_BATCH,
     MAX_BULK,
@@ -76,6 +75,7 @@ from ai_requests import (
     Uuid,
     ValidationFailed,
 )
+from ai_internal.telemetry import REQUEST_ID as REQUEST_ID_FORM
 
 # ── Operations ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -49,9 +49,9 @@ from ai_client import (
     object_text,
     split_object,
 )
-from ai_log import printable
-from ai_requests import UUID
-from ai_terminal import Column, Progress, Table, ago, ago_text, duration_text, moment_text, painted, print_json, print_lines
+from ai_internal.cli.terminal import Column, Progress, Table, ago, ago_text, duration_text, moment_text, painted, print_json, print_lines
+from ai_internal.server.requests import UUID
+from ai_internal.telemetry import printable
 from providers.settings import SettingsError, parse_duration, read_settings, setting
 
 T = TypeVar("T")

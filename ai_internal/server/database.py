@@ -17,8 +17,8 @@ from typing import Any
 import pg8000.core
 import pg8000.native
 
-from ai_database_url import DatabaseAddress, DatabaseUnreachable
-from ai_requests import (
+from ai_internal.server.database_url import DatabaseAddress, DatabaseUnreachable
+from ai_internal.server.requests import (
     DatabaseBusy,
     DatabaseUnavailable,
     IdempotencyKeyReused,
@@ -34,7 +34,7 @@ log = logging.getLogger("ai_service.database")
 # ── Database ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SCHEMA_VERSION = 5
-SCHEMA_FILE = Path(__file__).with_name("schema.sql")
+SCHEMA_FILE = Path(__file__).parents[2] / "schema.sql"  # beside ai_service.py, in the source tree as in an installation
 STATEMENT_SECONDS, LOCK_SECONDS, CONNECT_SECONDS, LEND_SECONDS = 30, 5, 5, 5
 
 # What a session is set to unless DATABASE_URL's `options` say otherwise. A statement may not outlive the minute that `fold` looks back.

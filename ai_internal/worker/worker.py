@@ -69,8 +69,8 @@ from ai_client import (
     object_text,
     split_object,
 )
-from ai_log import about, complain, log_to_stderr, read_log_format
-from ai_trace import child_of, span_id, trace_id
+from ai_internal.telemetry import about, child_of, complain, log_to_stderr, read_log_format, span_id, trace_id
+from ai_internal.worker.fleet import UNSUPPORTED_SECONDS, Fleet
 from providers import (
     INTERNAL,
     INVALID_INPUT,
@@ -85,7 +85,6 @@ from providers import (
     SettingsError,
     Unsupported,
 )
-from providers.fleet import UNSUPPORTED_SECONDS, Fleet
 from providers.settings import duration, pairs, read_settings, setting, whole
 
 log = logging.getLogger("ai_service.worker")

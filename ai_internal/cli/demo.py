@@ -1,6 +1,7 @@
-"""`ai-service demo`: the whole of AI Service at work on one machine; and `python -m ai_demo run`, what `make run` keeps running.
+"""`ai-service demo`: the whole of AI Service at work on one machine. `python -m ai_internal.cli.demo` has two more commands:
 
-`python -m ai_demo stand-in PORT` is the chat server of the first line below by itself, on all addresses, for the demo of compose.yaml.
+    run [FOLDER]     what `make run` keeps running
+    stand-in PORT    the chat server below by itself, on all addresses, for the demo of compose.yaml
 
 Both start a database, the service and a worker, each a process of its own as in production. The demo sends the jobs of
 demo_jobs.jsonl, shows what becomes of them and takes everything down again; `run` goes on until it is told to stop.
@@ -32,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from ai_client import AIService, Job, NewJob, NotJSON, ServiceError
-from ai_embedded import EmbeddedError, bound_to_this_process, embedded_postgres
-from ai_log import printable
+from ai_internal.server.embedded import EmbeddedError, bound_to_this_process, embedded_postgres
+from ai_internal.telemetry import printable
 
 __all__ = ["DemoFailed", "StandInChat", "StandInWhisperX", "main", "run", "stand_in"]
 
@@ -282,7 +283,7 @@ def _models(environ: Mapping[str, str], *, transcriber: bool) -> Iterator[dict[s
         if transcriber and not environ.get("WHISPERX_URL"):
             settings.pop("WHISPERX_API_KEY", None)
             settings["WHISPERX_URL"] = stack.enter_context(_standing_in(StandInWhisperX))
-        paths = [str(Path(__file__).parent), *filter(None, [environ.get("PYTHONPATH")])]
+        paths = [str(Path(__file__).parents[2]), *filter(None, [environ.get("PYTHONPATH")])]
         yield {**settings, "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -508,7 +509,7 @@ def _command(arguments: Sequence[str]) -> int:
         case ["stand-in", port] if port.isdecimal():
             return stand_in(os.environ, int(port))
         case _:
-            raise SystemExit("usage: python -m ai_demo run [FOLDER] | stand-in PORT        (the demo itself: ai-service demo)")
+            raise SystemExit("usage: python -m ai_internal.cli.demo run [FOLDER] | stand-in PORT        (the demo itself: ai-service demo)")
 
 
 if __name__ == "__main__":

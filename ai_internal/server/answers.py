@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import attrs
 
-from ai_requests import (
+from ai_internal.server.requests import (
     Category,
     Check,
     Flag,

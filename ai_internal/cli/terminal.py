@@ -17,7 +17,7 @@ from typing import TextIO
 
 import attrs
 
-from ai_log import printable, printable_json
+from ai_internal.telemetry import printable, printable_json
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,0 +1,1 @@
+"""The commands that a person types: those that ask a running service, and the demo."""

@@ -1,0 +1,1 @@
+"""What `ai-service serve` is built from, beside `ai_service.py`."""
