@@ -39,7 +39,16 @@ import pg8000.native
 
 import providers
 from ai_internal.server.access import API, Door, Token, clashes, read_token_file, read_tokens, token_of
-from ai_internal.server.database import SCHEMA_VERSION, SEPARATOR, STATEMENT_SECONDS, Database, joined, migrate, schema_version
+from ai_internal.server.database import (
+    SCHEMA_VERSION,
+    SEPARATOR,
+    STATEMENT_SECONDS,
+    Database,
+    joined,
+    migrate,
+    require_schema,
+    schema_version,
+)
 from ai_internal.server.database_url import DatabaseAddress, read_database_url
 from ai_internal.server.listener import Server, listen, requests_log
 from ai_internal.server.metrics import CONTENT_TYPE, Metrics, Move, Snapshot
@@ -638,7 +647,7 @@ class Queue:
 
     def fold(self) -> bool:
         """Moves up to 20,000 rows of the ledger into the counters, and tells of them; whether more are left."""
-        more, moves = self.database.run("-- queue.fold\nselect more, moves from fold_v2(20000)")[0]
+        more, moves = self.database.run("-- queue.fold\nselect more, moves from fold_v1(20000)")[0]
         self._moved([Move(*move) for move in _array(moves)])
         return bool(more)
 
@@ -1075,6 +1084,7 @@ def _batches(tickets: list[Ticket]) -> Iterator[list[Ticket]]:
 UPKEEP_SECONDS = 2.0
 # The schema of an empty database is applied within; longer is a database that hangs, and health must not wait for it.
 FIRST_ROUND_SECONDS = 5.0
+FAILING_STEP_LOG_SECONDS = 60.0
 PARTITIONS_SECONDS = 60.0
 RETENTION_SECONDS = 600.0
 # Between two steps of clearing what was retired: without it claims took three times as long meanwhile, at the 99th percentile.
@@ -1084,7 +1094,7 @@ RETIRING_PAUSE_SECONDS = 0.2
 class Upkeep:
     """The thread that applies the schema, takes back lapsed leases, folds the ledger, and makes and retires partitions.
 
-    Each of these by itself: where one fails the others go on.
+    Once the schema is there, each of these by itself: where one fails the others go on.
     """
 
     def __init__(self, queue: Queue, settings: Settings, room: WaitingRoom, metrics: Metrics) -> None:
@@ -1092,8 +1102,9 @@ class Upkeep:
         self._seen: dict[str, tuple[float, str | None]] = {}
         self._lock = threading.Lock()
         self._begun, self._stopped = threading.Event(), threading.Event()
-        self._failing: set[str] = set()
-        self._migrated = not settings.migrate_on_start
+        # When a failing step is logged again.
+        self._failing: dict[str, float] = {}
+        self._has_schema = False
         self._next = {"partitions": 0.0, "retention": 0.0}
         self._thread = threading.Thread(target=self._work, name="upkeep", daemon=True)
 
@@ -1133,34 +1144,49 @@ class Upkeep:
             self._begun.set()
 
     def _round(self) -> bool:
-        if not self._migrated:
-            self._try("migrate", self._migrate)
+        if not self._has_schema:
+            self._try("migrate", self._find_schema)
+        if not self._has_schema:
+            return False
         busy = self._try("settle", self.settle)
         busy |= self._try("fold", self._queue.fold)
         self._try("partitions", self._prepare_partitions)
         return self._try("retention", self._retire) or busy
 
     def _try(self, name: str, act: Callable[[], bool]) -> bool:
-        """Whether there is more to do at once. What fails is logged when it begins and when it ends."""
+        """Whether there is more to do at once.
+
+        What fails is logged when it begins, every minute, and when it ends.
+        """
         try:
             busy = act()
         except Refusal as refusal:
-            if name not in self._failing:
-                level = logging.WARNING if refusal.retry_after else logging.ERROR
-                log.log(level, "upkeep_waits step=%s code=%s reason=%s", name, refusal.code, refusal.reason or refusal.detail)
-            self._failing.add(name)
+            self._log_failure(name, refusal)
             return False
         except Exception as error:  # noqa: BLE001 -- told to the log
             log_crash("upkeep_failed step=%s", error, name)
             return False
         if name in self._failing:
-            self._failing.remove(name)
+            del self._failing[name]
             log.info("upkeep_goes_on step=%s", name)
         return busy
 
-    def _migrate(self) -> bool:
-        migrate(self._queue.database)
-        self._migrated = True
+    def _log_failure(self, name: str, refusal: Refusal) -> None:
+        now = time.monotonic()
+        if now < self._failing.get(name, now):
+            return
+        self._failing[name] = now + FAILING_STEP_LOG_SECONDS
+        # An outdated schema waits for the operator, whatever its callers may repeat.
+        passes = refusal.retry_after and not isinstance(refusal, SchemaOutdated)
+        level = logging.WARNING if passes else logging.ERROR
+        reason = refusal.reason or refusal.detail
+        log.log(level, "upkeep_waits step=%s code=%s reason=%s", name, refusal.code, reason)
+
+    def _find_schema(self) -> bool:
+        """Applies the schema, or checks that somebody has: no other step works without it."""
+        find = migrate if self._settings.migrate_on_start else require_schema
+        find(self._queue.database)
+        self._has_schema = True
         return False
 
     def _is_due(self, name: str, seconds: float) -> bool:
@@ -1170,7 +1196,7 @@ class Upkeep:
         return True
 
     def _prepare_partitions(self) -> bool:
-        if self._migrated and self._is_due("partitions", PARTITIONS_SECONDS):
+        if self._is_due("partitions", PARTITIONS_SECONDS):
             self._queue.prepare_partitions(self._settings.retention)
         return False
 
@@ -1752,9 +1778,7 @@ class Service:
         """Raises the Refusal that keeps the service from serving."""
         if self.draining:
             raise Draining
-        version = schema_version(self.database)
-        if version < SCHEMA_VERSION:
-            raise SchemaOutdated(f"version {version} is older than {SCHEMA_VERSION}") if version else SchemaMissing
+        require_schema(self.database)
         if self.database.run(
             "-- service.assert_ready\nselect pg_is_in_recovery() or current_setting('transaction_read_only')::boolean", seconds=3
         )[0][0]:

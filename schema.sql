@@ -27,15 +27,32 @@
 -- What is found by a list is asked for by `= any (array[one of it])`, which no order of an index serves: where a table was empty when it was
 -- analysed, a plan with `=` may begin with its rows instead of the list, and would step over all that is dead while somebody holds a snapshot.
 --
--- Functions, called by one statement each, hold their plans themselves (`set enable_seqscan = off` and so on: statistics are always behind
--- on tables that fill and empty). They carry the version of their signature: a later release adds _v2 and leaves _v1 to the
--- release before it. In the order of a job's life: create_jobs, claim_jobs, claimed_texts, peek, heartbeat_jobs, complete_jobs, fail_jobs, release_jobs,
--- retry_jobs, cancel_job, delete_job, job_texts, pause_jobs, resume_jobs, stats, upkeep, add_partitions, retire_partition, clear_retired.
+-- Each function that a statement calls carries the version of its signature. In the order of a
+-- job's life: create_jobs, claim_jobs, claimed_texts, peek, heartbeat_jobs, complete_jobs,
+-- fail_jobs, release_jobs, retry_jobs, cancel_job, delete_job, job_texts, pause_jobs, resume_jobs,
+-- stats, upkeep, fold, add_partitions, retire_partition, clear_retired.
+--
+-- This file creates version 6, the first one. To make the next version while processes of the
+-- previous release keep running:
+--   - Raise SCHEMA_VERSION by one. On a database with an older version this whole file then runs
+--     again, in one transaction.
+--   - Leave the block of tables as it is. Put what changes them into a block of its own behind it:
+--       do $v7$ begin
+--       if (select coalesce(max(version), 0) from schema_version) >= 7 then return; end if;
+--       alter table job add column labels text[];
+--       end $v7$;
+--     Only add: the previous release works on the same tables, and its inserts do not name a new
+--     column. An `alter table` waits at most 5 seconds for other transactions on its table; if they
+--     take longer, the whole file is tried again later.
+--   - A function whose arguments or result change becomes _v2, and _v1 stays for the previous
+--     release. A body that changes under the same name must serve both. What no supported release
+--     calls any more is dropped with `drop function if exists`.
+--   - tests/test_upgrade.py then runs the previous release and this one on one database.
 --
 -- Advisory locks: 1 claims, one at a time; 2 lanes, shared by whoever queues a job, alone by pause and idling; 3 upkeep, only tried;
 -- 4 new lanes, after 2; 5 partitions, only tried. Rows of held are locked in the order of job_id and before lock 2, rows of idempotency in the order of their key.
 
--- The tables of version 1, made once: later versions add to them in blocks of their own, so that applying this file again locks no table.
+-- Made once: applying this file again locks no table.
 do $tables$ begin
 if to_regclass('schema_version') is not null then return; end if;
 
@@ -251,7 +268,6 @@ $$;
 -- RFC 9562 version 7: 48 bits of milliseconds, 12 bits of the fraction below (method 3), 62 bits of a hash of the microseconds and something
 -- random: builds of PostgreSQL without OpenSSL take 4 µs for a random UUID, so that it is made once for many. uuidv7() exists from 18 on.
 -- Without a FROM it becomes a part of the statement that calls it.
-drop function if exists uuid_v7_at(bigint);
 create or replace function uuid_v7_at(us bigint, seed uuid) returns uuid language sql immutable as $$
   select encode(int8send((us / 1000 << 16) | 28672 | (us % 1000 * 4096 / 1000))
     || int8send((uuid_hash_extended(seed, us) & 4611686018427387903) | (1::bigint << 63)), 'hex')::uuid
@@ -1036,7 +1052,7 @@ end $$;
 -- Moves the ledger into the counters. A row becomes visible at its commit but carries the time of its start: the search begins a minute
 -- before the last fold, which is more than a statement may take, and steps over nothing older. Tells whether more is left, and what was moved, as
 -- a JSON array of [event, owner, profile, category, bucket, n, prompt, completion and total tokens, audio seconds]: each move is told to one process.
-create or replace function fold_v2(at_most int, out more boolean, out moves text) language plpgsql
+create or replace function fold_v1(at_most int, out more boolean, out moves text) language plpgsql
 set enable_seqscan = off as $$
 declare rows_folded int; last_at timestamptz;
 begin
@@ -1078,11 +1094,6 @@ begin
     or (span_seconds = 3600 and start_at < now() - interval '26 hours') or (span_seconds = 21600 and start_at < now() - interval '8 days');
   more := rows_folded = at_most;
 end $$;
-
--- For the release before, which counts nothing itself.
-create or replace function fold_v1(at_most int) returns boolean language sql volatile as $$
-  select more from fold_v2(at_most)
-$$;
 
 -- Lanes without a job for ten minutes are left out of claims and of the cap on combinations until they are used again.
 create or replace function idle_lanes() returns void language plpgsql as $$

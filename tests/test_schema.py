@@ -1,20 +1,39 @@
-"""schema.sql by itself: applied by many at once, kept while older processes serve, partitioned, retired; and the ledger behind stats."""
+"""schema.sql by itself: applied by many at once, rejected where it was never released, partitioned,
+retired; and the ledger behind stats.
+"""
 
+import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 
 import pytest
 from postgres import connect, fresh_schema
-from service import running_service, wait_until
+from service import Service, running_service, wait_until
 
 import ai_service
-from ai_internal.server.database import SCHEMA_VERSION, Database, migrate, schema_version
+from ai_internal.server.database import (
+    FIRST_SCHEMA_VERSION,
+    SCHEMA_VERSION,
+    Database,
+    migrate,
+    require_schema,
+    schema_version,
+)
 from ai_internal.server.database_url import read_database_url
-from ai_internal.server.requests import ClaimRequest, Completion, DatabaseBusy, Heartbeat, JobFilter, NewJob, SchemaMissing
+from ai_internal.server.requests import (
+    ClaimRequest,
+    Completion,
+    DatabaseBusy,
+    Heartbeat,
+    JobFilter,
+    NewJob,
+    SchemaMissing,
+    SchemaOutdated,
+)
 from ai_service import Claimed, Queue
 
 
@@ -50,14 +69,114 @@ def life(queue: Queue, jobs: list[NewJob]) -> list[str]:
     return ids
 
 
-def test_many_processes_may_apply_the_schema_at_once(database: Database, postgres_url: str) -> None:
-    pools = [Database(read_database_url(postgres_url), database.schema, 2) for _ in range(8)]
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(migrate, pools))
-    assert [schema_version(pool) for pool in pools] == [SCHEMA_VERSION] * 8
-    assert rows(database, "select count(*) from schema_version") == [[1]]
-    for pool in pools:
-        pool.close()
+def ai_service_command(postgres_url: str, schema: str, name: str) -> subprocess.Popen[str]:
+    """A started `ai-service` command on this schema."""
+    service = Service(postgres_url, schema)
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*service.command[:-1], name], env=service.environment, text=True, **piped)
+
+
+def test_four_processes_at_once_apply_the_schema_once(database: Database, postgres_url: str) -> None:
+    processes = [ai_service_command(postgres_url, database.schema, "migrate") for _ in range(4)]
+    ended = [(process.communicate(timeout=60), process.returncode) for process in processes]
+    assert [status for _, status in ended] == [0] * 4
+    assert sum("schema_applied" in stderr for (_, stderr), _ in ended) == 1
+    assert rows(database, "select version from schema_version") == [[SCHEMA_VERSION]]
+
+
+def test_applying_the_schema_twice_changes_nothing(database: Database) -> None:
+    described = (
+        "select p.oid::regprocedure::text, md5(pg_get_functiondef(p.oid)) from pg_proc p "
+        "where pronamespace = current_schema()::regnamespace union all "
+        "select c.relname, c.relkind::text from pg_class c "
+        "where relnamespace = current_schema()::regnamespace order by 1"
+    )
+    migrate(database)
+    once = rows(database, described)
+    migrate(database)
+    database.run("delete from schema_version")
+    migrate(database)
+    assert rows(database, described) == once
+
+
+def set_version(postgres_url: str, schema: str, version: int) -> None:
+    """Adds a version to `schema_version`, and makes that table where it is missing."""
+    table = f"{schema}.schema_version"
+    with closing(connect(postgres_url)) as connection:
+        connection.run(f"create schema if not exists {schema}")
+        connection.run(f"create table if not exists {table} (version int primary key)")
+        connection.run(f"insert into {table} (version) values ({version})")
+
+
+@pytest.mark.parametrize("use", [migrate, require_schema, schema_version])
+@pytest.mark.parametrize("version", range(1, FIRST_SCHEMA_VERSION))
+def test_an_unreleased_version_is_rejected_and_not_changed(
+    database: Database, postgres_url: str, version: int, use: Callable[[Database], object]
+) -> None:
+    set_version(postgres_url, database.schema, version)
+    message = f'"{database.schema}" has version {version}, .*: drop the schema, or set DATABASE_'
+    with pytest.raises(SchemaOutdated, match=message):
+        use(database)
+    tables = "select tablename from pg_tables where schemaname = current_schema()"
+    assert rows(database, tables) == [["schema_version"]]
+
+
+def test_an_unreleased_version_is_rejected_if_it_appears_while_migrate_waits(database: Database, postgres_url: str) -> None:
+    key = f"hashtextextended('ai_service schema {database.schema}', 0)"
+    waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    with closing(connect(postgres_url)) as other, ThreadPoolExecutor(1) as threads:
+        other.run("begin")
+        other.run(f"select pg_advisory_xact_lock({key})")
+        migrating = threads.submit(migrate, database)
+        wait_until(lambda: other.run(waiting) != [[0]])
+        set_version(postgres_url, database.schema, FIRST_SCHEMA_VERSION - 1)
+        other.run("commit")
+        with pytest.raises(SchemaOutdated):
+            migrating.result(10)
+
+
+@pytest.mark.parametrize("migrate_on_start", ["true", "false"])
+def test_a_service_on_an_unreleased_version_says_so_until_the_schema_is_dropped(
+    database: Database, postgres_url: str, migrate_on_start: str
+) -> None:
+    set_version(postgres_url, database.schema, FIRST_SCHEMA_VERSION - 1)
+    settings = {"MIGRATE_ON_START": migrate_on_start}
+    with running_service(postgres_url, database.schema, **settings) as service:
+        answer = service.api.get("/readyz")
+        assert (answer.status, answer.code) == (503, "schema_outdated")
+        assert "drop the schema" in answer.json["detail"]
+        [line] = [line for line in service.lines if "upkeep_waits" in line]
+        assert "ERROR" in line
+        assert "step=migrate code=schema_outdated" in line
+        assert answer.json["detail"] in line
+        assert "upkeep_failed" not in service.log
+        database.run(f"drop schema {database.schema} cascade")
+        if migrate_on_start == "false":
+            migrate(database)
+        wait_until(lambda: "upkeep_goes_on step=migrate" in service.log)
+        assert service.api.get("/readyz").status == 200
+
+
+def test_commands_on_an_unreleased_version_fail_with_what_to_do(postgres_url: str) -> None:
+    with fresh_schema(postgres_url) as schema:
+        set_version(postgres_url, schema, FIRST_SCHEMA_VERSION - 1)
+        sentence = f'schema "{schema}" has version {FIRST_SCHEMA_VERSION - 1}, which was never'
+        migrating = ai_service_command(postgres_url, schema, "migrate")
+        checking = ai_service_command(postgres_url, schema, "check")
+        stdout, stderr = migrating.communicate(timeout=60)
+        assert (migrating.returncode, stdout) == (1, "")
+        assert sentence in stderr
+        stdout, _ = checking.communicate(timeout=60)
+        assert checking.returncode == 1
+        assert f"database: not ready, schema_outdated: {sentence}" in stdout
+
+
+def test_a_schema_newer_than_this_release_is_served_and_not_changed(queue: Queue, postgres_url: str) -> None:
+    set_version(postgres_url, queue.database.schema, SCHEMA_VERSION + 1)
+    migrate(queue.database)
+    require_schema(queue.database)
+    assert schema_version(queue.database) == SCHEMA_VERSION + 1
+    assert queue.create([new_job()])[0].created
 
 
 def test_applying_the_schema_again_keeps_the_jobs_and_lets_claims_go_on(queue: Queue) -> None:
@@ -84,8 +203,6 @@ def test_a_service_that_may_not_migrate_waits_for_the_schema(postgres_url: str) 
         assert service.api.get("/readyz").status == 200
         pool.run("delete from schema_version")
         assert service.api.get("/readyz").code == "schema_missing"
-        pool.run("insert into schema_version (version) values (-1)")
-        assert service.api.get("/readyz").code == "schema_outdated"
         pool.close()
 
 

@@ -645,7 +645,7 @@ EXAMPLES: Mapping[str, Any] = {
         "workers": [_WORKER],
     },
     "Health": {"status": "ok", "version": "0.1.0"},
-    "Readiness": {"status": "ready", "version": "0.1.0", "schema_version": 5, "access": "tokens"},
+    "Readiness": {"status": "ready", "version": "0.1.0", "schema_version": 6, "access": "tokens"},
     "Problem": {
         "type": "urn:ai-service:problem:validation_failed",
         "title": "The request has invalid fields.",

@@ -25,6 +25,7 @@ from ai_internal.server.requests import (
     MalformedJson,
     Refusal,
     SchemaMissing,
+    SchemaOutdated,
     TooManyCombinations,
     ValidationFailed,
 )
@@ -33,7 +34,9 @@ log = logging.getLogger("ai_service.database")
 
 # ── Database ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
+# Versions 1 to 5 were never released, and nothing upgrades them.
+FIRST_SCHEMA_VERSION = 6
 SCHEMA_FILE = Path(__file__).parents[2] / "schema.sql"  # beside ai_service.py, in the source tree as in an installation
 STATEMENT_SECONDS, LOCK_SECONDS, CONNECT_SECONDS, LEND_SECONDS = 30, 5, 5, 5
 
@@ -345,7 +348,11 @@ def joined(texts: Sequence[str]) -> str:
 
 
 def migrate(database: Database) -> None:
-    """Applies `schema.sql` where the database has an older one: in one transaction, one process at a time. Raises a Refusal."""
+    """Applies `schema.sql` where the database has an older version.
+
+    In one transaction, one process at a time. Raises a Refusal; SchemaOutdated where that version
+    was never released.
+    """
     if schema_version(database) >= SCHEMA_VERSION:
         return
     name = database.schema
@@ -356,7 +363,7 @@ def migrate(database: Database) -> None:
         )
         # Another process may have been quicker.
         [[exists]] = session.script(f"select to_regclass('{name}.schema_version') is not null")
-        if exists and session.script("select coalesce(max(version), 0) from schema_version")[0][0] >= SCHEMA_VERSION:
+        if exists and _released(session.script(_VERSION), name) >= SCHEMA_VERSION:
             return
         [[schema_exists]] = session.script(f"select to_regnamespace('{name}') is not null")
         session.script(("" if schema_exists else f"create schema {name};\n") + SCHEMA_FILE.read_text())
@@ -364,9 +371,36 @@ def migrate(database: Database) -> None:
     log.info("schema_applied version=%d schema=%s", SCHEMA_VERSION, name)
 
 
+_VERSION = "select coalesce(max(version), 0) from schema_version"
+
+
 def schema_version(database: Database) -> int:
-    """The version of the schema in the database; 0 without one. Raises a Refusal."""
+    """The version of the schema in the database; 0 without one.
+
+    Raises a Refusal; SchemaOutdated where that version was never released.
+    """
     try:
-        return int(database.run("-- database.schema_version\nselect coalesce(max(version), 0) from schema_version", seconds=3)[0][0])
+        rows = database.run(f"-- database.schema_version\n{_VERSION}", seconds=3)
     except SchemaMissing:
         return 0
+    return _released(rows, database.schema)
+
+
+def _released(rows: list[list[Any]], schema: str) -> int:
+    version = int(rows[0][0])
+    if version and version < FIRST_SCHEMA_VERSION:
+        raise SchemaOutdated(
+            f'schema "{schema}" has version {version}, which was never released and cannot be '
+            "upgraded: drop the schema, or set DATABASE_SCHEMA to an empty one"
+        )
+    return version
+
+
+def require_schema(database: Database) -> None:
+    """Raises a Refusal: SchemaMissing or SchemaOutdated if this release cannot use the schema."""
+    version = schema_version(database)
+    if not version:
+        raise SchemaMissing
+    if version < SCHEMA_VERSION:
+        needed = f"this release needs {SCHEMA_VERSION}: run `ai-service migrate`"
+        raise SchemaOutdated(f'schema "{database.schema}" has version {version}, {needed}')
