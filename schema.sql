@@ -348,8 +348,8 @@ end $$;
 -- Writes down which job each key stands for, and gives the id of that job: the new one, or the one that exists. Keys go in and are locked in
 -- their order, so that two batches that share some wait for each other instead of deadlocking. The lock keeps a key from being freed meanwhile,
 -- and what is read after it is newer than what was waited for. A key whose job has left by retention is free again.
-create or replace function ids_by_key(owners text[], lane_nos int[], keys text[], ids uuid[]) returns uuid[] language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function ids_by_key(owners text[], lane_nos int[], keys text[], ids uuid[])
+returns uuid[] language plpgsql as $$
 declare final_ids uuid[]; complete boolean;
 begin
   for try in 1 .. 20 loop
@@ -381,8 +381,7 @@ end $$;
 create or replace function create_jobs_v1(
   owners text[], types text[], profiles text[], priorities int[], lane_nos int[], owner_refs text[], inputs text[], input_sizes int[],
   max_attempts_ int[], run_ats timestamptz[], expires_ats timestamptz[], keys text[], traceparents text[]
-) returns table (n bigint, id uuid, status text, created boolean) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+) returns table (n bigint, id uuid, status text, created boolean) language plpgsql as $$
 #variable_conflict use_column
 declare
   first_us bigint; seed uuid := gen_random_uuid(); lane_ids int[]; ids uuid[]; final_ids uuid[]; keyed int := cardinality(array_remove(keys, null)); differs text;
@@ -470,8 +469,9 @@ end $$;
 create or replace function claim_jobs_v1(
   profiles text[], types text[], owners text[], served text[], floors bigint[],
   claim_ids uuid[], worker_ids text[], lease_seconds_ float8[], limits int[]
-) returns table (n int, outcome text, job_ids uuid[], lane_ids int[], seqs bigint[], owner_order text[]) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+)
+returns table (n int, outcome text, job_ids uuid[], lane_ids int[], seqs bigint[], owner_order text[])
+language plpgsql as $$
 #variable_conflict use_column
 declare
   open_requests int[] := '{}'; request int := 1; room int; bytes bigint := 0; all_bytes bigint := 0;
@@ -589,8 +589,8 @@ begin
 end $$;
 
 -- Of these jobs those that their claim holds: one row per claim that holds any, its jobs as the text of a JSON array's inside.
-create or replace function claimed_texts_v1(claim_ids uuid[], job_ids uuid[]) returns table (claim_id uuid, jobs text) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function claimed_texts_v1(claim_ids uuid[], job_ids uuid[])
+returns table (claim_id uuid, jobs text) language plpgsql as $$
 #variable_conflict use_column
 begin
   return query
@@ -610,15 +610,15 @@ begin
 end $$;
 
 -- What a process with parked requests asks a few times a second: has anything become ready, and which of these jobs have finished.
-create or replace function peek_v1(job_ids uuid[]) returns table (seq bigint, due boolean, ended uuid[]) language sql volatile
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function peek_v1(job_ids uuid[])
+returns table (seq bigint, due boolean, ended uuid[]) language sql volatile as $$
   select last_value, exists (select from waiting where run_at <= now()), array(select job_id from ended where job_id = any (job_ids))
   from readiness
 $$;
 
 create or replace function heartbeat_jobs_v1(job_ids uuid[], claim_ids uuid[], lease_seconds_ float8[], progresses text[])
-returns table (n bigint, outcome text, lease_expires_at text, lease_seconds float8, worker_id text) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+returns table (n bigint, outcome text, lease_expires_at text, lease_seconds float8, worker_id text)
+language plpgsql as $$
 #variable_conflict use_column
 begin
   return query
@@ -685,8 +685,7 @@ end $$;
 
 create or replace function complete_jobs_v1(
   job_ids uuid[], claim_ids uuid[], results text[], usages text[], prompts numeric[], completions numeric[], totals numeric[], audios float8[]
-) returns table (n bigint, outcome text) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+) returns table (n bigint, outcome text) language plpgsql as $$
 #variable_conflict use_column
 declare done bigint[];
 begin
@@ -723,7 +722,7 @@ end $$;
 create or replace function end_attempts(
   how_ text, job_ids uuid[], claim_ids uuid[], categories text[], messages text[], retryables boolean[], delays float8[],
   usages text[], prompts numeric[], completions numeric[], totals numeric[], audios float8[]
-) returns bigint[] language plpgsql set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+) returns bigint[] language plpgsql as $$
 #variable_conflict use_column
 declare done bigint[]; back_jobs uuid[]; back_at timestamptz[]; back_attempts int[]; back_releases int[]; back_claims uuid[];
 begin
@@ -767,16 +766,15 @@ end $$;
 create or replace function fail_jobs_v1(
   job_ids uuid[], claim_ids uuid[], categories text[], messages text[], retryables boolean[], delays float8[],
   usages text[], prompts numeric[], completions numeric[], totals numeric[], audios float8[]
-) returns table (n bigint, outcome text) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+) returns table (n bigint, outcome text) language plpgsql as $$
 declare done bigint[] := end_attempts('fail', job_ids, claim_ids, categories, messages, retryables, delays, usages, prompts, completions, totals, audios);
 begin
   return query select u.i, case when u.i = any (done) then 'ok' else late_outcome(u.job_id, u.claim_id, 'fail') end
   from unnest(job_ids, claim_ids) with ordinality u (job_id, claim_id, i) order by u.i;
 end $$;
 
-create or replace function release_jobs_v1(job_ids uuid[], claim_ids uuid[], delays float8[]) returns table (n bigint, outcome text) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function release_jobs_v1(job_ids uuid[], claim_ids uuid[], delays float8[])
+returns table (n bigint, outcome text) language plpgsql as $$
 declare
   said text[] := array_fill('released'::text, array[cardinality(job_ids)]);
   done bigint[] := end_attempts('release', job_ids, claim_ids, said, array_fill('given back by its worker'::text, array[cardinality(job_ids)]), null, delays, null, null, null, null, null);
@@ -817,13 +815,13 @@ begin
   raise exception 'the job kept moving' using errcode = 'serialization_failure';
 end $$;
 
-create or replace function retry_jobs_v1(job_ids uuid[], from_ text[]) returns table (n bigint, outcome text) language sql volatile
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function retry_jobs_v1(job_ids uuid[], from_ text[])
+returns table (n bigint, outcome text) language sql volatile as $$
   select u.n, retry_job(u.job_id, from_) from (select * from unnest(job_ids) with ordinality u (job_id, n) order by u.job_id) u
 $$;
 
-create or replace function cancel_job_v1(of_job uuid, reason text) returns text language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function cancel_job_v1(of_job uuid, reason text) returns text
+language plpgsql as $$
 declare gone record; state text;
 begin
   for try in 1 .. 20 loop
@@ -856,8 +854,7 @@ begin
   raise exception 'the job kept moving' using errcode = 'serialization_failure';
 end $$;
 
-create or replace function delete_job_v1(of_job uuid) returns text language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function delete_job_v1(of_job uuid) returns text language plpgsql as $$
 begin
   delete from ended where job_id = of_job;
   if not found then
@@ -872,8 +869,7 @@ end $$;
 
 -- One row per job that exists, in the order asked for: its facts as the text of a JSON object, and its payloads as they were sent.
 create or replace function job_texts_v1(ids uuid[], with_result boolean, with_input boolean)
-returns table (n bigint, facts text, result text, input text) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+returns table (n bigint, facts text, result text, input text) language plpgsql as $$
 #variable_conflict use_column
 begin
   return query
@@ -1108,8 +1104,8 @@ begin
 end $$;
 
 -- What every process calls every two seconds; one of them does the work. Bounded: what is left over waits for the next call.
-create or replace function upkeep_v1(worker_ids text[], reports text[], ages float8[]) returns table (rescued int, expired int, promoted int) language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set plan_cache_mode = force_generic_plan as $$
+create or replace function upkeep_v1(worker_ids text[], reports text[], ages float8[])
+returns table (rescued int, expired int, promoted int) language plpgsql as $$
 begin
   insert into worker as w (worker_id, seen_at, report)
   select u.id, now() - u.age * interval '1 second', u.report::json from unnest(worker_ids, reports, ages) u (id, report, age) order by u.id
@@ -1239,3 +1235,25 @@ begin
   delete from job where id = any (gone);
   return cardinality(gone) = at_most;
 end $$;
+
+
+-- ── Plans ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- These functions do not leave their plans to statistics, which are always out of date on tables
+-- that fill and empty all the time.
+-- The loop comes last, because `create or replace function` removes the settings of a function.
+do $plans$
+declare f regprocedure;
+begin
+  for f in
+    select oid from pg_proc
+    where pronamespace = current_schema()::regnamespace and proname = any (array[
+      'ids_by_key', 'create_jobs_v1', 'claim_jobs_v1', 'claimed_texts_v1',
+      'peek_v1', 'heartbeat_jobs_v1', 'complete_jobs_v1', 'end_attempts',
+      'fail_jobs_v1', 'release_jobs_v1', 'retry_jobs_v1', 'cancel_job_v1',
+      'delete_job_v1', 'job_texts_v1', 'upkeep_v1'])
+  loop
+    execute format('alter function %s set enable_seqscan = off set enable_hashjoin = off
+      set enable_mergejoin = off set plan_cache_mode = force_generic_plan', f);
+  end loop;
+end $plans$;

@@ -99,6 +99,16 @@ def test_applying_the_schema_twice_changes_nothing(database: Database) -> None:
     assert rows(database, described) == once
 
 
+def test_every_function_that_a_statement_calls_controls_its_plans(queue: Queue) -> None:
+    uncontrolled = (
+        "select proname from pg_proc where pronamespace = current_schema()::regnamespace "
+        "and proname ~ '_v[0-9]+$' and proname <> 'uuid_v7' and proconfig is null order by 1"
+    )
+    # These work on whole partitions.
+    partitions = ["add_partitions_v1", "clear_retired_v1", "retire_partition_v1"]
+    assert [name for [name] in rows(queue.database, uncontrolled)] == partitions
+
+
 def set_version(postgres_url: str, schema: str, version: int) -> None:
     """Adds a version to `schema_version`, and makes that table where it is missing."""
     table = f"{schema}.schema_version"
