@@ -1,9 +1,11 @@
 """The release before the last change of the schema and this one on one database: side by side, up, down and up again.
 
-The old release is taken out of git and migrates a fresh schema itself.
+The old release is taken out of git and migrates a fresh schema itself. No release has an older
+schema than the first one: these tests are skipped until its version is raised.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -17,7 +19,7 @@ from load import Load
 from postgres import connect, fresh_schema
 from service import Corner, Service, wait_until
 
-from ai_internal.server.database import SCHEMA_VERSION
+from ai_internal.server.database import FIRST_SCHEMA_VERSION, SCHEMA_VERSION
 
 ROOT = Path(__file__).parent.parent
 # Long enough for a call that was about to be sent when its side was taken away.
@@ -29,20 +31,30 @@ def git(*arguments: str) -> bytes:
 
 
 def commit_before_this_schema() -> str:
-    """The last commit with the previous version of the schema: HEAD while the present one is not committed yet."""
+    """The last commit with the previous version of the schema: HEAD if the present one is new."""
     found = git("log", "--format=%H", f"-SSCHEMA_VERSION = {SCHEMA_VERSION}", "--", "*database.py").decode().split()
     return f"{found[-1]}^" if found else "HEAD"
 
 
 @pytest.fixture(scope="module")
 def old_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the previous release."""
+    """The directory of the previous release."""
+    if SCHEMA_VERSION == FIRST_SCHEMA_VERSION:
+        pytest.skip(f"schema version {SCHEMA_VERSION} is the first: no release came before it")
     if not (ROOT / ".git").exists() and os.environ.get("CI") != "true":
         pytest.skip("there is no git history to take the previous release from")
     folder = tmp_path_factory.mktemp("old-release")
     with tarfile.open(fileobj=BytesIO(git("archive", commit_before_this_schema()))) as archive:
         archive.extractall(folder, filter="data")
+    assert version_in(folder) == SCHEMA_VERSION - 1, "git has no commit with the previous version"
     return folder
+
+
+def version_in(release: Path) -> int:
+    """The version of the schema that a release applies."""
+    source = "".join(path.read_text() for path in release.rglob("*database.py"))
+    [version] = re.findall(r"^SCHEMA_VERSION = (\d+)$", source, re.MULTILINE)
+    return int(version)
 
 
 class Releases:
