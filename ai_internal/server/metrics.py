@@ -239,12 +239,13 @@ class Metrics:
     def _show(self, snapshot: Snapshot) -> None:
         for gauge in (self._jobs, self._oldest, self._paused, self._providers_seen):
             gauge.clear()
+        oldest: dict[str, float] = {}
         for row in snapshot.stats.get("by_model_profile", ()):
             profile = self._profiles.bounded(row["model_profile"])
             for state in ("pending", "scheduled", "running"):
                 self._jobs.labels(profile, state).inc(row[state])
-            oldest = self._oldest.labels(profile)
-            oldest.set(max(oldest._value.get(), row["oldest_pending_seconds"] or 0))  # noqa: SLF001  no public way to read
+            oldest[profile] = max(oldest.get(profile, 0), row["oldest_pending_seconds"] or 0)
+            self._oldest.labels(profile).set(oldest[profile])
             self._paused.labels(profile).set(row["paused"])
         self._transaction.set(snapshot.oldest_transaction_seconds)
         self._show_workers(snapshot.workers)
