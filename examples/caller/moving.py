@@ -20,7 +20,8 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from ai_client import AIService, Comparison, Handover, Job, NewJob, modes_of
+from ai_client import AIService, Job, NewJob
+from ai_handover import Comparison, Handover, modes_of
 
 TOPICS = ("invoice", "fault", "contract", "other")
 ANSWER = {"type": "object", "properties": {"topic": {"enum": TOPICS}}, "required": ["topic"], "additionalProperties": False}

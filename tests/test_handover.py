@@ -26,19 +26,15 @@ from service import INHERITED, MAIN, Corner, Service, wait_until
 from ai_client import (
     AIService,
     ClaimedJob,
-    Comparison,
-    Handover,
     Job,
-    JobFailed,
     JobFilter,
-    ModesError,
     NewJob,
     NotJSON,
     ServiceError,
     ServiceUnavailable,
     ValidationFailed,
-    modes_of,
 )
+from ai_handover import Comparison, Handover, JobFailed, ModesError, modes_of
 
 
 @pytest.fixture
@@ -426,7 +422,7 @@ def test_a_hook_that_raises_is_counted_and_the_next_is_called(
         hook.wait()
         wait_until(lambda: work.stats().uncompared, what="the counter")
     assert (work.stats().compared, work.stats().uncompared) == (1, {"hook_failed": 1})
-    assert f"error={type(error).__name__} at test_moving.py:" in caplog.text
+    assert f"error={type(error).__name__} at test_handover.py:" in caplog.text
     assert "my-payload" not in caplog.text
 
 
@@ -517,7 +513,7 @@ def test_trouble_is_logged_once_in_a_while_and_without_payloads(fake: FakeServic
         for _ in range(500):
             work.run(some_job(input={"text": "my-payload"}), lambda: "my-payload")
         work.close(0)
-    lines = [record.message for record in caplog.records if record.name == "ai_service.client"]
+    lines = [record.message for record in caplog.records if record.name == "ai_service.handover"]
     assert lines.count("handover_dropped reason=full task_type=t error=-") == 1
     assert len(lines) <= 4
     assert "my-payload" not in caplog.text
@@ -719,12 +715,21 @@ def test_another_client_has_the_same_settings_and_its_own_connections(fake: Fake
         impatient.cancel("x")
 
 
+# ---------------------------------------------------------------- what the worker loads
+
+
+def test_importing_the_worker_does_not_load_the_handover() -> None:
+    program = "import sys, ai_internal.worker.worker; print({'ai_client', 'ai_handover'} & set(sys.modules))"
+    assert python(["-c", program]) == "{'ai_client'}\n"
+
+
 # ---------------------------------------------------------------- processes
 
 PREFORK = """
 import os, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of fork in a process with threads: that is what this is about
-from ai_client import AIService, Handover, NewJob
+from ai_client import AIService, NewJob
+from ai_handover import Handover
 
 owner, profile = sys.argv[1:]
 work = Handover(AIService(os.environ["AI_SERVICE_URL"]), {"*": "mirror"})
