@@ -1,15 +1,17 @@
-"""The HTTP client of AI Service, for callers that own jobs and for workers that run them.
+"""The HTTP client of AI Service, for callers that create jobs and for workers that run them.
 
     service = AIService("http://127.0.0.1:8080")
-    job = service.create_job(NewJob("telephony", "beeline/17", "call_analysis", "qwen2.5-14b", input={"prompt": "Hello"}))
-    job = service.wait_for_job(job.id, timeout_seconds=600)
+    new = NewJob("telephony", "beeline/17", "call_analysis", "qwen2.5-14b", input={"prompt": "Hi"})
+    job = service.wait_for_job(service.create_job(new).id, timeout_seconds=600)
     print(job.status, job.result)
 
-Sections: JSON, what the service answers, what it is told, errors, pauses, connections, the calls.
+Sections: JSON, requests, errors, responses, pauses, connections, calls.
 
-Every call that the service lets be repeated is repeated here when its answer is lost: creating always carries an idempotency key,
-claiming a claim_id, a retry the states it was decided upon. Fields that this version does not know are ignored, so that an older client
-works with a newer service.
+A call is repeated when its response is lost and a repeat is safe: a create carries an idempotency
+key, a claim a claim_id, a retry the statuses that the caller saw. Unknown fields of a response are
+ignored, so that an older client works with a newer service.
+
+This file can be copied into another project. It needs the packages attrs, msgspec and urllib3.
 """
 
 from __future__ import annotations
@@ -21,27 +23,25 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
+from functools import cache, cached_property
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 from urllib.parse import quote, urlencode
 
 import attrs
-import cattrs
 import msgspec
 import urllib3
 from attrs import field, frozen
-from cattrs.gen import make_dict_structure_fn, override
 from urllib3.connection import HTTPConnection
 
 FINISHED = frozenset({"completed", "failed", "cancelled"})
 RETRYABLE = frozenset({"failed", "cancelled", "running"})
 
-# A look at a job may be parked by the service for so long; a claim too.
+# The service holds a request for a job, or a claim, for at most this long.
 MAX_WAIT_SECONDS = 60.0
 
 T = TypeVar("T")
@@ -51,11 +51,14 @@ T = TypeVar("T")
 
 
 class NotJSON(ValueError):
-    """The value or text is no JSON that the service would take; says why, and never shows the value."""
+    """The value or text is not JSON that the service accepts. The message never has the value."""
 
 
 def encode(value: Any) -> str:
-    """The JSON text of a Python value; numbers keep their spelling. Raises NotJSON (NaN, infinity, unpaired surrogates, other types)."""
+    """The JSON text of a Python value, or of RawJSON. Floats and integers of any size are exact.
+
+    Raises NotJSON for NaN, infinity, unpaired surrogates, and other types.
+    """
     if isinstance(value, RawJSON):
         return value.text
     try:
@@ -66,13 +69,9 @@ def encode(value: Any) -> str:
     except RecursionError:
         raise NotJSON("nested too deeply, or within itself") from None
     except (TypeError, ValueError) as error:
-        raise NotJSON(_reason(error)) from None
+        # Only the message for a float shows the value, which is NaN or infinite then.
+        raise NotJSON(f"not JSON: {error}") from None
     return text
-
-
-def _reason(error: Exception) -> str:
-    # The only message of json.dumps that could show a value is that of a float, and then the value is NaN or infinite.
-    return f"not JSON: {error}"
 
 
 def _check_json(_: object, __: object, text: str) -> None:
@@ -84,12 +83,15 @@ def _check_json(_: object, __: object, text: str) -> None:
 
 @frozen
 class RawJSON:
-    """JSON text that goes to the service, or came from it, character by character. Raises NotJSON for any other text."""
+    """JSON text that is sent or was received, character by character. Raises NotJSON."""
 
     text: str = field(repr=False, validator=_check_json)
 
     def decode(self) -> Any:
-        """The Python value. Raises NotJSON for what Python cannot hold (an integer of over 4,300 digits, extreme nesting)."""
+        """The Python value.
+
+        Raises NotJSON for an integer of more than 4,300 digits and for extreme nesting.
+        """
         try:
             return json.loads(self.text)
         except RecursionError:
@@ -103,17 +105,9 @@ def object_text(fields: Mapping[str, Any]) -> str:
     return "{" + ",".join(f"{encode(name)}:{encode(value)}" for name, value in fields.items()) + "}"
 
 
-def _array_text(objects: Sequence[Mapping[str, Any]]) -> RawJSON:
-    return RawJSON("[" + ",".join(map(object_text, objects)) + "]")
-
-
 def split_object(text: bytes | msgspec.Raw) -> dict[str, RawJSON]:
     """The fields of a JSON object, each as the text it has. Raises NotJSON."""
     return {name: _raw(value) for name, value in _slices(text, dict[str, msgspec.Raw]).items()}
-
-
-def _split_array(text: RawJSON) -> list[bytes]:
-    return [bytes(item) for item in _slices(text.text.encode(), list[msgspec.Raw])]
 
 
 def _slices(text: bytes | msgspec.Raw, shape: type[T]) -> T:
@@ -123,237 +117,103 @@ def _slices(text: bytes | msgspec.Raw, shape: type[T]) -> T:
         raise NotJSON(f"not the JSON expected: {type(error).__name__}") from None
 
 
-def _raw(value: msgspec.Raw) -> RawJSON:
+def _raw(text: bytes | msgspec.Raw) -> RawJSON:
     try:
-        return RawJSON(bytes(value).decode())
+        return RawJSON(bytes(text).decode())
     except UnicodeDecodeError:
         raise NotJSON("not UTF-8") from None
 
 
-def _given(**fields: Any) -> dict[str, Any]:
-    """What a caller gave: an absent field leaves the service its default."""
-    return {name: value for name, value in fields.items() if value is not None}
+@cache
+def _json_fields(kind: Any) -> dict[str, tuple[str, Any]]:
+    """The attribute and the type of each JSON field; `raw_input` is the text of `input`."""
+    # The hints alone are not the fields: attrs adds those of cached properties.
+    names, hints = [each.name for each in attrs.fields(kind)], get_type_hints(kind)
+    return {name.removeprefix("raw_"): (name, hints[name]) for name in names}
 
 
-def _time_text(at: datetime | None) -> str | None:
-    if at is None:
-        return None
+def _request_fields(item: Any) -> dict[str, Any]:
+    """The JSON fields of a request. None is left out, except in a payload: it means the default."""
+    fields = {}
+    for name, (attribute, hint) in _json_fields(item.__class__).items():
+        value = getattr(item, attribute)
+        if hint is Any or value is not None:
+            fields[name] = _time_text(value) if datetime in get_args(hint) else value
+    return fields
+
+
+def _time_text(at: datetime) -> str:
     if at.tzinfo is None:
         raise ValueError("a time needs a time zone")
     return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-# ---------------------------------------------------------------- what the service answers
+def _array_text(objects: Iterable[Mapping[str, Any]]) -> RawJSON:
+    return RawJSON("[" + ",".join(map(object_text, objects)) + "]")
 
 
-@frozen
-class JobError:
-    """How a job ended that failed."""
-
-    category: str
-    message: str
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-@frozen
-class AttemptError:
-    """One attempt that did not complete."""
-
-    attempt: int
-    category: str
-    message: str
-    worker_id: str | None = None
-    usage: Mapping[str, Any] | None = None
-    at: datetime | None = None
+# Other values may hold any number, which json reads at any size and msgspec does not.
+_PLAIN = {each for kind in (str, int, float, bool, datetime) for each in (kind, kind | None)}
 
 
-@frozen(kw_only=True)
-class Job:
-    """A job as the service knows it. Lists and batches come without the payloads."""
-
-    id: str
-    status: str
-    owner_service: str
-    owner_ref: str
-    task_type: str
-    model_profile: str
-    priority: int = 0
-    attempt: int = 0
-    max_attempts: int = 1
-    run_at: datetime | None = None
-    expires_at: datetime | None = None
-    idempotency_key: str | None = None
-    traceparent: str | None = None
-    created_at: datetime | None = None
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-    worker_id: str | None = None
-    lease_expires_at: datetime | None = None
-    progress: Mapping[str, Any] | None = field(default=None, repr=False)
-    usage: Mapping[str, Any] | None = None
-    error: JobError | None = None
-    errors: tuple[AttemptError, ...] = ()
-    raw_input: RawJSON | None = field(default=None, repr=False)
-    raw_result: RawJSON | None = field(default=None, repr=False)
-
-    @property
-    def finished(self) -> bool:
-        """Whether it completed, failed or was cancelled."""
-        return self.status in FINISHED
-
-    @cached_property
-    def input(self) -> Any:
-        """The input; None where the answer carries none. Raises NotJSON (see RawJSON.decode)."""
-        return self.raw_input.decode() if self.raw_input else None
-
-    @cached_property
-    def result(self) -> Any:
-        """The result; None where there is none. Raises NotJSON (see RawJSON.decode)."""
-        return self.raw_result.decode() if self.raw_result else None
+def _decode(text: bytes | msgspec.Raw, kind: Any) -> Any:
+    """The value of type `kind` in a JSON text, in which RawJSON keeps its text."""
+    if kind in _PLAIN:
+        return msgspec.json.decode(text, type=kind)
+    if get_origin(kind) is tuple:
+        [item, _] = get_args(kind)
+        return tuple(_decode(each, item) for each in _slices(text, list[msgspec.Raw]))
+    if RawJSON in (kind, *get_args(kind)):
+        return _raw(text)
+    if attrs.has(kind):
+        given = _slices(text, dict[str, msgspec.Raw])
+        fields = _json_fields(kind)
+        names = fields.keys() & given.keys()
+        return kind(**{fields[name][0]: _decode(given[name], fields[name][1]) for name in names})
+    if type(None) in get_args(kind):
+        return None if bytes(text) == b"null" else _decode(text, get_args(kind)[0])
+    return msgspec.convert(_raw(text).decode(), kind)
 
 
-@frozen(kw_only=True)
-class ClaimedJob:
-    """A job that a claim took, with what its worker needs."""
-
-    id: str
-    claim_id: str = field(repr=False)
-    owner_service: str
-    owner_ref: str
-    task_type: str
-    model_profile: str
-    attempt: int
-    max_attempts: int
-    lease_seconds: int
-    raw_input: RawJSON = field(repr=False)
-    priority: int = 0
-    created_at: datetime | None = None
-    expires_at: datetime | None = None
-    lease_expires_at: datetime | None = None
-    traceparent: str | None = None
-
-    @cached_property
-    def input(self) -> Any:
-        """The input. Raises NotJSON (see RawJSON.decode)."""
-        return self.raw_input.decode()
-
-
-@frozen
-class Claim:
-    """One taking of jobs."""
-
-    claim_id: str = field(repr=False)
-    jobs: tuple[ClaimedJob, ...]
-
-
-@frozen
-class Created:
-    """One item of a batch: `created` is false where the idempotency key was known."""
-
-    id: str
-    status: str
-    created: bool
-
-
-@frozen
-class Batch:
-    """What became of a batch, in its order."""
-
-    jobs: tuple[Created, ...]
-    created: int
-    existing: int
-
-
-@frozen
-class Page:
-    """Some jobs of a list, newest first; `next_cursor` is None on the last page."""
-
-    jobs: tuple[Job, ...]
-    next_cursor: str | None = None
-
-
-@frozen
-class TextPage:
-    """The same as the texts that the service answered, each a JSON object."""
-
-    jobs: tuple[RawJSON, ...]
-    next_cursor: str | None = None
-
-
-@frozen
-class Lease:
-    """A lease as a heartbeat left it."""
-
-    lease_expires_at: datetime
-    lease_seconds: int
-
-
-@frozen
-class Retried:
-    """How many jobs a bulk retry sent back to pending, and whether more match; `matched` is how many do, counted by a dry run only."""
-
-    retried: int
-    more: bool
-    matched: int | None = None
-
-
-@frozen
-class ItemAnswer:
-    """What became of one item of a bulk call; `error` is None where it succeeded."""
-
-    id: str
-    status: int
-    error: ServiceError | None = None
-
-
-_converter = cattrs.Converter()
-_converter.register_structure_hook(datetime, lambda text, _: datetime.fromisoformat(text))
-_converter.register_structure_hook(RawJSON, lambda value, _: value)
-_payloads = {"raw_input": override(rename="input"), "raw_result": override(rename="result")}
-for _kind in (Job, ClaimedJob):
-    _names = {name: rule for name, rule in _payloads.items() if name in attrs.fields_dict(_kind)}
-    _converter.register_structure_hook(_kind, make_dict_structure_fn(_kind, _converter, **_names))  # type: ignore[arg-type]
-
-
-def _structure(fields: Mapping[str, RawJSON], kind: type[T]) -> T:
-    """An attrs object of `fields`; `input` and `result` stay text, unknown fields are ignored. Raises NotJSON."""
-    values = {name: raw if name in ("input", "result") else raw.decode() for name, raw in fields.items()}
+def _read(text: bytes, kind: type[T]) -> T:
     try:
-        return _converter.structure(values, kind)
-    except (cattrs.BaseValidationError, TypeError, ValueError, KeyError) as error:
-        raise NotJSON(f"not a {kind.__name__}: {type(error).__name__}") from None
+        return cast(T, _decode(text, kind))
+    except (ValueError, TypeError, msgspec.MsgspecError) as error:
+        title, detail = "not a response of this service", f"{kind.__name__}: {error}"
+        raise UnexpectedAnswer(None, "unexpected_answer", title, detail) from None
 
 
-def job_of(text: RawJSON) -> Job:
-    """The job that a text of the service describes. Raises UnexpectedAnswer."""
-    return _parsed(lambda: _structure(split_object(text.text.encode()), Job))
-
-
-# ---------------------------------------------------------------- what the service is told
+# ---------------------------------------------------------------- requests
 
 
 @frozen
-class NewJob:
-    """A job to create. `input` is any JSON value, or RawJSON.
-
-    The idempotency key is made here when none is given: creating this same object twice makes one job.
-    """
+class JobFields:
+    """What the caller of a job decides: these fields are in NewJob, Job and ClaimedJob."""
 
     owner_service: str
     owner_ref: str
     task_type: str
     model_profile: str
-    input: Any = field(repr=False)
     priority: int | None = None
     run_at: datetime | None = None
     expires_at: datetime | None = None
     max_attempts: int | None = None
     traceparent: str | None = None
-    idempotency_key: str = field(factory=lambda: str(uuid.uuid4()))
 
-    def _fields(self) -> dict[str, Any]:
-        fields = {attribute.name: getattr(self, attribute.name) for attribute in attrs.fields(NewJob)}
-        times = {"run_at": _time_text(self.run_at), "expires_at": _time_text(self.expires_at)}
-        return {**_given(**{**fields, **times}), "input": self.input}
+
+@frozen
+class NewJob(JobFields):
+    """A job to create. `input` is any JSON value, or RawJSON. None means the service's default.
+
+    Without an idempotency key one is made here: creating the same object twice makes one job.
+    """
+
+    input: Any = field(kw_only=True, repr=False)
+    idempotency_key: str = field(kw_only=True, factory=lambda: str(uuid.uuid4()))
 
 
 @frozen
@@ -364,9 +224,6 @@ class Completion:
     claim_id: str = field(repr=False)
     result: Any = field(repr=False)
     usage: Mapping[str, Any] | None = None
-
-    def _fields(self) -> dict[str, Any]:
-        return {**_given(id=self.id, claim_id=self.claim_id, usage=self.usage), "result": self.result}
 
 
 @frozen
@@ -381,9 +238,6 @@ class Failure:
     retry_in_seconds: float | None = None
     usage: Mapping[str, Any] | None = None
 
-    def _fields(self) -> dict[str, Any]:
-        return _given(**attrs.asdict(self))
-
 
 @frozen
 class Beat:
@@ -391,28 +245,22 @@ class Beat:
 
     id: str
     claim_id: str = field(repr=False)
-    lease_seconds: int | None = None
+    lease_seconds: float | None = None
     progress: Mapping[str, Any] | None = None
-
-    def _fields(self) -> dict[str, Any]:
-        return _given(**attrs.asdict(self))
 
 
 @frozen
 class Release:
-    """One job of a bulk call that goes back to pending, its attempt not counted."""
+    """One job of a bulk call that goes back to pending; its attempt is not counted."""
 
     id: str
     claim_id: str = field(repr=False)
     delay_seconds: float | None = None
 
-    def _fields(self) -> dict[str, Any]:
-        return _given(**attrs.asdict(self))
-
 
 @frozen(kw_only=True)
 class JobFilter:
-    """Which jobs; every field is a choice of alternatives, all given fields must match."""
+    """Which jobs. A field has one value or several alternatives; all given fields must match."""
 
     status: Sequence[str] = ()
     owner_service: Sequence[str] = ()
@@ -423,14 +271,19 @@ class JobFilter:
     created_after: datetime | None = None
     created_before: datetime | None = None
 
-    def _fields(self) -> dict[str, Any]:
-        names = ("status", "owner_service", "owner_ref", "task_type", "model_profile", "error_category")
-        chosen = {name: _alternatives(getattr(self, name)) for name in names if getattr(self, name)}
-        return chosen | _given(created_after=_time_text(self.created_after), created_before=_time_text(self.created_before))
+
+def _filter_fields(jobs: JobFilter) -> dict[str, Any]:
+    return {name: value for name, value in _request_fields(jobs).items() if value}
 
 
-def _alternatives(values: Sequence[str]) -> list[str]:
-    return [values] if isinstance(values, str) else list(values)
+def _claim_filters(
+    model_profiles: Sequence[str] | None,
+    task_types: Sequence[str] | None,
+    owner_services: Sequence[str] | None,
+) -> dict[str, Any]:
+    names = {"model_profiles": model_profiles, "task_types": task_types}
+    given = _given(**names, owner_services=owner_services)
+    return {name: [each] if isinstance(each, str) else list(each) for name, each in given.items()}
 
 
 # ---------------------------------------------------------------- errors
@@ -438,7 +291,7 @@ def _alternatives(values: Sequence[str]) -> list[str]:
 
 @frozen
 class FieldError:
-    """One problem of a request: a JSON pointer, and what is wrong there."""
+    """One problem of a request: a JSON pointer to the field, and what is wrong there."""
 
     path: str
     message: str
@@ -446,10 +299,10 @@ class FieldError:
 
 @attrs.define(eq=False)
 class ServiceError(Exception):
-    """The service refused a call or could not be reached; `status` is None where no answer came.
+    """The service rejected a call, or could not be reached; then `status` is None.
 
-    `retryable` tells whether the same call may succeed later, `retry_after_seconds` when, if the service said so. By `request_id` the
-    service's log tells of the call.
+    `retryable` means that the same call may succeed later, after `retry_after_seconds` if the
+    service gave them. The service logs the call under `request_id`.
     """
 
     status: int | None
@@ -462,26 +315,26 @@ class ServiceError(Exception):
     request_id: str | None = None
 
     def __str__(self) -> str:
-        status = [str(self.status)] if self.status else []
-        problems = [f"{error.path}: {error.message}" for error in self.errors]
-        request = [f"request {self.request_id}"] if self.request_id else []
-        return "; ".join([" ".join([*status, self.code]), *filter(None, (self.title, self.detail)), *problems, *request])
+        status = f"{self.status} {self.code}" if self.status else self.code
+        problems = (f"{error.path}: {error.message}" for error in self.errors)
+        request = self.request_id and f"request {self.request_id}"
+        return "; ".join(filter(None, (status, self.title, self.detail, *problems, request)))
 
 
 class ServiceUnavailable(ServiceError):
-    """Nobody answered, or the service cannot work right now; the same call may succeed later."""
+    """No response, or the service cannot work right now; the same call may succeed later."""
 
 
 class Unauthorized(ServiceError):
-    """No token, or a wrong one."""
+    """The token is missing or wrong."""
 
 
 class Forbidden(ServiceError):
-    """The token's role may not use this call."""
+    """The token's role does not allow this call."""
 
 
 class NotFound(ServiceError):
-    """There is no such job, or it belongs to another owner."""
+    """The job does not exist, or it belongs to another owner."""
 
 
 class Conflict(ServiceError):
@@ -489,11 +342,11 @@ class Conflict(ServiceError):
 
 
 class InvalidState(Conflict):
-    """The verb does not fit the job's status."""
+    """The job's status does not allow the call."""
 
 
 class ClaimLost(Conflict):
-    """The claim no longer holds the job; whatever its worker still does changes nothing."""
+    """The claim no longer holds the job; what its worker still reports has no effect."""
 
 
 class JobCancelled(Conflict):
@@ -501,7 +354,7 @@ class JobCancelled(Conflict):
 
 
 class ClaimIdReused(Conflict):
-    """The claim_id was used by another worker."""
+    """Another worker used the claim_id."""
 
 
 class IdempotencyKeyReused(Conflict):
@@ -509,15 +362,15 @@ class IdempotencyKeyReused(Conflict):
 
 
 class ValidationFailed(ServiceError):
-    """The request is ill; `errors` lists all its problems."""
+    """The request is invalid; `errors` lists all problems."""
 
 
 class PayloadTooLarge(ServiceError):
-    """The body is larger than the service takes."""
+    """The body is larger than the service accepts."""
 
 
 class UnexpectedAnswer(ServiceError):
-    """An answer that is none of this service's, as a proxy or another program gives it."""
+    """A response that this service does not send; a proxy or another program may have sent it."""
 
 
 _by_code: dict[str, type[ServiceError]] = {
@@ -542,61 +395,234 @@ _by_status: dict[int, type[ServiceError]] = {
 }
 
 
-def service_error(status: int, body: Mapping[str, Any], retry_after_seconds: float | None = None) -> ServiceError:
-    """The error that a problem body stands for; an empty mapping where the body was none."""
-    code = str(body.get("code") or f"http_{status}")
-    kind = _by_code.get(code) or _by_status.get(status, ServiceError)
-    detail = body.get("detail")
-    return kind(
-        status=status,
-        code=code,
-        title=str(body.get("title") or ""),
-        detail=None if detail is None else str(detail),
-        errors=_field_errors(body.get("errors")),
-        retryable=bool(body.get("retryable", kind is ServiceUnavailable)),
-        retry_after_seconds=retry_after_seconds,
-    )
+@frozen
+class _Problem:
+    """The body of an error response; without fields where a proxy sent something else."""
 
+    code: str | None = None
+    title: str | None = None
+    detail: str | None = None
+    errors: tuple[FieldError, ...] = ()
+    retryable: bool | None = None
 
-def _field_errors(errors: object) -> tuple[FieldError, ...]:
-    listed = errors if isinstance(errors, list) else []
-    return tuple(FieldError(str(item.get("path", "")), str(item.get("message", ""))) for item in listed if isinstance(item, dict))
+    def as_error(self, status: int) -> ServiceError:
+        code = self.code or f"http_{status}"
+        kind = _by_code.get(code) or _by_status.get(status, ServiceError)
+        retryable = kind is ServiceUnavailable if self.retryable is None else self.retryable
+        return kind(status, code, self.title or "", self.detail, self.errors, retryable)
 
 
 def _error_of(response: urllib3.BaseHTTPResponse) -> ServiceError:
-    error = service_error(response.status, _problem(response.data), _retry_after(response.headers.get("Retry-After")))
+    try:
+        problem = _read(response.data, _Problem)
+    except UnexpectedAnswer:
+        problem = _Problem()
+    error = problem.as_error(response.status)
+    error.retry_after_seconds = _retry_after(response.headers.get("Retry-After"))
     error.request_id = response.headers.get("X-Request-ID")
     return error
-
-
-def _problem(body: bytes) -> Mapping[str, Any]:
-    """The problem body; empty where a proxy, or a failure before routing, answered with something else."""
-    try:
-        decoded = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return decoded if isinstance(decoded, dict) else {}
 
 
 def _retry_after(header: str | None) -> float | None:
     if header is None:
         return None
     try:
-        return float(header) if header.strip().isdigit() else max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+        if header.strip().isdigit():
+            return float(header)
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except (TypeError, ValueError):
         return None
 
 
-def _no_answer(error: Exception) -> ServiceUnavailable:
-    # The class says it all; urllib3's text repeats the address and goes on for lines.
-    return ServiceUnavailable(None, "no_answer", "no answer from the service", type(error).__name__, retryable=True)
+# ---------------------------------------------------------------- responses
+
+
+@frozen
+class JobError:
+    """Why a job failed or was cancelled."""
+
+    category: str
+    message: str
+
+
+@frozen
+class AttemptError:
+    """One attempt that did not complete."""
+
+    attempt: int
+    category: str
+    message: str
+    worker_id: str | None = None
+    usage: Mapping[str, Any] | None = None
+    at: datetime | None = None
+
+
+@frozen(kw_only=True)
+class Job(JobFields):
+    """A job as the service knows it. Lists and batches have no payloads."""
+
+    id: str
+    status: str
+    priority: int = 0
+    attempt: int = 0
+    max_attempts: int = 1
+    idempotency_key: str | None = None
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    worker_id: str | None = None
+    lease_expires_at: datetime | None = None
+    progress: Mapping[str, Any] | None = field(default=None, repr=False)
+    usage: Mapping[str, Any] | None = None
+    error: JobError | None = None
+    errors: tuple[AttemptError, ...] = ()
+    raw_input: RawJSON | None = field(default=None, repr=False)
+    raw_result: RawJSON | None = field(default=None, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it completed, failed or was cancelled."""
+        return self.status in FINISHED
+
+    @cached_property
+    def input(self) -> Any:
+        """The input; None where the response has none. Raises NotJSON (see RawJSON.decode)."""
+        return self.raw_input.decode() if self.raw_input else None
+
+    @cached_property
+    def result(self) -> Any:
+        """The result; None where there is none. Raises NotJSON (see RawJSON.decode)."""
+        return self.raw_result.decode() if self.raw_result else None
+
+
+@frozen(kw_only=True)
+class ClaimedJob(JobFields):
+    """A job that a claim took, with what its worker needs."""
+
+    id: str
+    claim_id: str = field(repr=False)
+    priority: int = 0
+    attempt: int
+    max_attempts: int
+    lease_seconds: float
+    created_at: datetime | None = None
+    lease_expires_at: datetime | None = None
+    raw_input: RawJSON = field(repr=False)
+
+    @cached_property
+    def input(self) -> Any:
+        """The input. Raises NotJSON (see RawJSON.decode)."""
+        return self.raw_input.decode()
+
+
+@frozen
+class Claim:
+    """The jobs that one claim took; there may be none."""
+
+    claim_id: str = field(repr=False)
+    jobs: tuple[ClaimedJob, ...]
+
+
+@frozen
+class Created:
+    """One job of a batch; `created` is false where its idempotency key existed."""
+
+    id: str
+    status: str
+    created: bool
+
+
+@frozen
+class Batch:
+    """The jobs of a batch, in its order."""
+
+    jobs: tuple[Created, ...]
+    created: int
+    existing: int
+
+
+@frozen
+class Page:
+    """Some jobs of a list, newest first; `next_cursor` is None on the last page."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: str | None = None
+
+
+@frozen
+class TextPage:
+    """The same page; each job is the JSON object that the service sent."""
+
+    jobs: tuple[RawJSON, ...]
+    next_cursor: str | None = None
+
+
+@frozen
+class _JobsFound:
+    jobs: tuple[Job | None, ...]
+
+
+@frozen
+class Lease:
+    """A lease after a heartbeat."""
+
+    lease_expires_at: datetime
+    lease_seconds: float
+
+
+@frozen
+class Retried:
+    """How many jobs a bulk retry put back to pending, and whether more match.
+
+    `matched` is how many jobs match; only a dry run counts them.
+    """
+
+    retried: int
+    more: bool
+    matched: int | None = None
+
+
+@frozen(kw_only=True)
+class ItemAnswer(_Problem):
+    """The response for one item of a bulk call; `status` is an HTTP status."""
+
+    id: str | None
+    status: int
+
+    @property
+    def error(self) -> ServiceError | None:
+        """Why the service rejected the item; None where it succeeded."""
+        return self.as_error(self.status) if self.status >= 300 else None
+
+
+@frozen
+class _ItemAnswers:
+    jobs: tuple[ItemAnswer, ...]
+
+
+@frozen
+class _Paused:
+    paused: list[dict[str, Any]]
+
+
+@frozen
+class _Workers:
+    workers: list[dict[str, Any]]
+
+
+def job_of(text: RawJSON) -> Job:
+    """The job in a text that the service sent. Raises UnexpectedAnswer."""
+    return _read(text.text.encode(), Job)
 
 
 # ---------------------------------------------------------------- pauses
 
 
 class Backoff:
-    """Growing pauses with jitter: half to all of `first_seconds`, doubled each time up to `max_seconds`. `failures` counts them."""
+    """Growing pauses with jitter: half to all of `first_seconds`, doubled up to `max_seconds`.
+
+    `failures` counts the pauses since the last reset.
+    """
 
     def __init__(self, first_seconds: float = 0.2, max_seconds: float = 5.0) -> None:
         self._first, self._max = first_seconds, max_seconds
@@ -609,7 +635,7 @@ class Backoff:
         return max(retry_after_seconds or 0.0, ceiling * random.uniform(0.5, 1.0))
 
     def reset(self) -> None:
-        """Begin again with the first pause."""
+        """Start again with the first pause."""
         self.failures = 0
 
 
@@ -617,7 +643,7 @@ class Backoff:
 
 
 class _OpenConnections:
-    """The open connections of one client, so that `close` reaches those that wait for an answer."""
+    """The open connections of one client: `shut_down` ends calls that wait for a response."""
 
     def __init__(self) -> None:
         self._lock, self._closed = threading.Lock(), False
@@ -637,25 +663,28 @@ class _OpenConnections:
 
 
 def _shut_down(connection: HTTPConnection) -> None:
-    # A close from another thread would leave the waiting one waiting; a shutdown ends its read.
+    # close() would leave the thread that reads waiting; a shutdown ends its read.
     with suppress(OSError, AttributeError):
         connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-def _pool(base_url: str, size: int, opened: _OpenConnections) -> urllib3.HTTPConnectionPool:
+def _pool(base_url: str, size: int, connections: _OpenConnections) -> urllib3.HTTPConnectionPool:
     pool = urllib3.connection_from_url(base_url, maxsize=size, block=False)
 
     class Connection(pool.ConnectionCls):  # type: ignore[name-defined, misc]
         def connect(self) -> None:
             super().connect()
-            opened.add(self)
+            connections.add(self)
 
     pool.ConnectionCls = Connection
     return pool
 
 
 def check_base_url(text: str) -> str:
-    """The URL without a final slash. Raises ValueError for what is no plain http(s) URL; the message never repeats it."""
+    """The URL without a final slash.
+
+    Raises ValueError for anything but a plain http(s) URL; the message never has the URL.
+    """
     try:
         url = urllib3.util.parse_url(text)
     except urllib3.exceptions.LocationParseError:
@@ -663,36 +692,31 @@ def check_base_url(text: str) -> str:
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError("it must begin with http:// or https:// and name a host")
     if url.auth is not None:
-        raise ValueError("it must not carry a user name or password; the token has a setting of its own")
+        raise ValueError("it must not have a user name or password; the token has its own setting")
     if url.query is not None or url.fragment is not None:
         raise ValueError("it must end before any ? or #")
     return text.rstrip("/")
 
 
 def check_token(token: str) -> str:
-    """The token. Raises ValueError for one that no HTTP header can carry; the message never repeats it."""
+    """The token.
+
+    Raises ValueError for one that an HTTP header cannot carry; the message never has the token.
+    """
     if not token or not all("!" <= character <= "~" for character in token):
         raise ValueError("a token consists of printable ASCII characters without spaces")
     return token
 
 
-@frozen
-class _Request:
-    method: str
-    path: str
-    body: bytes | None
-    repeatable: bool
-    read_seconds: float
-
-
-# ---------------------------------------------------------------- the calls
+# ---------------------------------------------------------------- calls
 
 
 class AIService:
-    """The service at `base_url`; may be used from any number of threads at once.
+    """The service at `base_url`; any number of threads may share one client.
 
-    A lost answer, 429, 502, 503 and 504 are met by repeating the call for up to `retry_seconds`, wherever a repeat does no harm.
-    An answer may take `read_seconds` longer than the wait that was asked for. Every call raises ServiceError or one of its subclasses.
+    A call is repeated for up to `retry_seconds` after a lost response, 429, 502, 503 or 504, if a
+    repeat is safe. A response may take `read_seconds` longer than the wait that was asked for.
+    Every call raises ServiceError or one of its subclasses.
     """
 
     def __init__(
@@ -705,61 +729,83 @@ class AIService:
         read_seconds: float = 30.0,
         pool_size: int = 16,
     ) -> None:
-        self._made_with: dict[str, Any] = {"base_url": base_url, "token": token, "pool_size": pool_size}
-        self._made_with |= {"retry_seconds": retry_seconds, "connect_seconds": connect_seconds, "read_seconds": read_seconds}
-        url = urllib3.util.parse_url(check_base_url(base_url))
-        self._prefix = (url.path or "").rstrip("/")
+        self._settings: dict[str, Any] = {
+            "base_url": base_url,
+            "token": token,
+            "retry_seconds": retry_seconds,
+            "connect_seconds": connect_seconds,
+            "read_seconds": read_seconds,
+            "pool_size": pool_size,
+        }
+        self._prefix = (urllib3.util.parse_url(check_base_url(base_url)).path or "").rstrip("/")
         self._headers = {"Accept": "application/json", "User-Agent": "ai-service-client"}
         if token is not None:
             self._headers["Authorization"] = f"Bearer {check_token(token)}"
-        self._retry_seconds, self._connect_seconds, self._read_seconds = retry_seconds, connect_seconds, read_seconds
+        self._retry_seconds, self._read_seconds = retry_seconds, read_seconds
+        self._connect_seconds = connect_seconds
         self._closed = threading.Event()
-        self._opened = _OpenConnections()
-        self._pool = _pool(base_url, pool_size, self._opened)
+        self._connections = _OpenConnections()
+        self._pool = _pool(base_url, pool_size, self._connections)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close all connections; calls under way, in other threads, end with ServiceUnavailable at once."""
+        """Close all connections; calls in other threads end with ServiceUnavailable at once."""
         self._closed.set()
-        self._opened.shut_down()
+        self._connections.shut_down()
         self._pool.close()
 
     def another(self, **settings: Any) -> AIService:
-        """A client of the same service with connections of its own; `settings` replace what this one was made with."""
-        return AIService(**{**self._made_with, **settings})
+        """A client of the same service with its own connections; `settings` replace this one's."""
+        return AIService(**{**self._settings, **settings})
 
     # Owners
 
     def create_job(self, job: NewJob) -> Job:
-        """Create a job, or find the one that has its idempotency key. Raises NotJSON for an input that is no JSON."""
-        return self._job(self._post("/api/v1/jobs", job._fields()))
+        """Create a job, or return the job that has its idempotency key. Raises NotJSON."""
+        return self._post("/api/v1/jobs", _request_fields(job), Job)
 
     def create_jobs(self, jobs: Sequence[NewJob]) -> Batch:
-        """Create up to 10,000 jobs, all or none. Raises NotJSON for an input that is no JSON."""
-        return self._create_many([job._fields() for job in jobs])
+        """Create up to 10,000 jobs, all or none. Raises NotJSON."""
+        return self._create_batch(map(_request_fields, jobs))
 
     def create_from(self, jobs: Sequence[Mapping[str, Any]]) -> Batch:
-        """The same of fields as the service reads them, Python values or RawJSON. Raises ValueError for a job without idempotency_key."""
-        if not all("idempotency_key" in job for job in jobs):
-            raise ValueError("each job needs an idempotency_key: the call is repeated when its answer is lost")
-        return self._create_many(jobs)
+        """Create jobs from their JSON fields, which are Python values or RawJSON.
 
-    def get_job(self, job_id: str, *, wait_seconds: float = 0.0, include_input: bool = False) -> Job:
-        """The job as it is; with `wait_seconds` (60 at most) once it has finished, or earlier."""
-        query = _given(wait_seconds=wait_seconds or None, include="input" if include_input else None)
-        return self._job(self._get(_job_path(job_id), query, wait_seconds))
+        Raises ValueError for a job without idempotency_key, and NotJSON.
+        """
+        if not all("idempotency_key" in job for job in jobs):
+            raise ValueError("each job needs an idempotency_key, so that a repeat is safe")
+        return self._create_batch(jobs)
+
+    def get_job(
+        self,
+        job_id: str,
+        *,
+        wait_seconds: float = 0.0,
+        include_input: bool = False,
+    ) -> Job:
+        """The job as it is; with `wait_seconds` (at most 60) once it has finished, or earlier."""
+        include = "input" if include_input else None
+        query = {"wait_seconds": wait_seconds or None, "include": include}
+        return self._get(_job_path(job_id), Job, query)
 
     def get_text(self, job_id: str, *, include_input: bool = False) -> RawJSON:
-        """The job as it is, as the text that the service answered."""
-        return _text(self._get(_job_path(job_id), _given(include="input" if include_input else None)))
+        """The job as it is, as the text that the service sent."""
+        query = {"include": "input" if include_input else None}
+        return self._get(_job_path(job_id), RawJSON, query)
 
     def wait_for_job(self, job_id: str, timeout_seconds: float) -> Job:
-        """The job once it has finished. Raises TimeoutError when it has not within `timeout_seconds`."""
+        """The job once it has finished. Raises TimeoutError after `timeout_seconds`."""
         deadline, backoff = time.monotonic() + timeout_seconds, Backoff(0.1, 2.0)
         while True:
             asked_at = time.monotonic()
@@ -769,23 +815,32 @@ class AIService:
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"job {job_id} is {job.status} after {timeout_seconds:g} s")
             if time.monotonic() - asked_at < 1.0:
-                # A service that drains, or has too many waiting, answers at once.
+                # A service that drains, or holds too many requests, responds at once.
                 self._closed.wait(min(backoff.next_seconds(), _wait_until(deadline)))
 
     def get_jobs(self, job_ids: Sequence[str]) -> tuple[Job | None, ...]:
-        """Up to 500 jobs without their payloads, in order; None where unknown."""
-        answer = self._post("/api/v1/jobs/get", {"ids": list(job_ids)})
-        return tuple(None if item == b"null" else self._job(item) for item in _items(answer, "jobs"))
+        """Up to 500 jobs without their payloads, in order; None for an unknown id."""
+        return self._post("/api/v1/jobs/get", {"ids": list(job_ids)}, _JobsFound).jobs
 
-    def list_jobs(self, jobs: JobFilter | None = None, *, limit: int = 100, cursor: str | None = None) -> Page:
+    def list_jobs(
+        self,
+        jobs: JobFilter | None = None,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
         """One page of up to 500 jobs, newest first, without their payloads."""
-        answer = self._listed(jobs, limit, cursor)
-        return Page(tuple(map(self._job, _items(answer, "jobs"))), _field(answer, "next_cursor"))
+        return self._list(Page, jobs, limit, cursor)
 
-    def list_texts(self, jobs: JobFilter | None = None, *, limit: int = 100, cursor: str | None = None) -> TextPage:
+    def list_texts(
+        self,
+        jobs: JobFilter | None = None,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> TextPage:
         """The same page as texts."""
-        answer = self._listed(jobs, limit, cursor)
-        return TextPage(tuple(map(_text, _items(answer, "jobs"))), _field(answer, "next_cursor"))
+        return self._list(TextPage, jobs, limit, cursor)
 
     def iter_jobs(self, jobs: JobFilter | None = None, *, page_size: int = 500) -> Iterator[Job]:
         """All jobs that match, newest first, fetched page by page."""
@@ -795,26 +850,31 @@ class AIService:
             page = self.list_jobs(jobs, limit=page_size, cursor=page.next_cursor)
             yield from page.jobs
 
-    def retry(self, job: Job | str, seen: Sequence[str] | None = None) -> Job:
-        """Send a finished job back to pending; `seen` are the states it may be in: that of the Job given, else failed or cancelled."""
-        states = seen or ([job.status] if isinstance(job, Job) else ["failed", "cancelled"])
-        # What else a job may be needs no move or allows none, and the service says so.
-        wanted = [state for state in states if state in RETRYABLE] or ["failed", "cancelled"]
-        job_id = job.id if isinstance(job, Job) else job
-        return self._job(self._post(_job_path(job_id, "retry"), {"from": wanted}))
+    def retry(self, job: Job | str, seen: Sequence[str] = ()) -> Job:
+        """Put a job back to pending if its status is still one of `seen`.
+
+        By default that of the Job given, or for an id failed and cancelled.
+        """
+        job_id, status = (job.id, [job.status]) if isinstance(job, Job) else (job, [])
+        # A job with any other status needs no retry or allows none; the service says which.
+        statuses = [each for each in seen or status if each in RETRYABLE] or ["failed", "cancelled"]
+        return self._post(_job_path(job_id, "retry"), {"from": statuses}, Job)
 
     def retry_many(self, jobs: JobFilter, *, limit: int = 1000, dry_run: bool = False) -> Retried:
-        """Send up to 1,000 jobs that match back to pending, or count them all. Not repeated by itself when its answer is lost."""
-        body = {"filter": jobs._fields(), "limit": limit, **_given(dry_run=dry_run or None)}
-        return self._read(self._post("/api/v1/jobs/retry", body, repeatable=dry_run), Retried)
+        """Put up to 1,000 matching jobs back to pending; a dry run only counts all of them.
+
+        Only a dry run is repeated when its response is lost.
+        """
+        body = {"filter": _filter_fields(jobs), "limit": limit, **_given(dry_run=dry_run or None)}
+        return self._post("/api/v1/jobs/retry", body, Retried, repeatable=dry_run)
 
     def cancel(self, job_id: str, reason: str | None = None) -> Job:
-        """Cancel a pending or running job. Raises InvalidState when it has completed or failed."""
-        return self._job(self._post(_job_path(job_id, "cancel"), _given(reason=reason)))
+        """Cancel a pending or running job. Raises InvalidState for a completed or failed one."""
+        return self._post(_job_path(job_id, "cancel"), _given(reason=reason), Job)
 
     def delete(self, job_id: str) -> None:
-        """Erase a finished job and its payloads; one that is unknown, or was erased before, is no error."""
-        # A repeat after a lost answer finds nothing either.
+        """Delete a finished job and its payloads; it is not an error if the job is unknown."""
+        # A repeat after a lost response finds no job either.
         with suppress(NotFound):
             self._call("DELETE", _job_path(job_id))
 
@@ -828,23 +888,37 @@ class AIService:
         model_profiles: Sequence[str] | None = None,
         task_types: Sequence[str] | None = None,
         owner_services: Sequence[str] | None = None,
-        lease_seconds: int | None = None,
+        lease_seconds: float | None = None,
         wait_seconds: float = 0.0,
         claim_id: str | None = None,
         worker: Mapping[str, Any] | None = None,
     ) -> Claim:
-        """Take up to `limit` pending jobs, waiting up to `wait_seconds` (60 at most) for the first.
+        """Take up to `limit` pending jobs; wait up to `wait_seconds` (at most 60) for the first.
 
-        The claim_id is made here when none is given; a caller that gives its own can ask again for what a lost answer held.
+        Without a claim_id one is made here. Calling again with the same claim_id returns the jobs
+        that it still holds.
         """
-        chosen = _chosen(model_profiles, task_types, owner_services)
-        options = _given(lease_seconds=lease_seconds, wait_seconds=wait_seconds or None, worker=worker)
-        identity = {"worker_id": worker_id, "claim_id": claim_id or str(uuid.uuid4()), "limit": limit}
-        return self._claim(self._post("/api/v1/jobs/claim", {**identity, **chosen, **options}, wait_seconds=wait_seconds))
+        body = {
+            "worker_id": worker_id,
+            "claim_id": claim_id or str(uuid.uuid4()),
+            "limit": limit,
+            **_claim_filters(model_profiles, task_types, owner_services),
+            **_given(lease_seconds=lease_seconds, wait_seconds=wait_seconds or None, worker=worker),
+        }
+        return self._post("/api/v1/jobs/claim", body, Claim)
 
-    def complete(self, job_id: str, claim_id: str, result: Any, usage: Mapping[str, Any] | None = None) -> Job:
-        """Finish a job with its result (any JSON value, or RawJSON). Raises ClaimLost, JobCancelled, and NotJSON for no JSON."""
-        return self._finish(job_id, "complete", Completion(job_id, claim_id, result, usage)._fields())
+    def complete(
+        self,
+        job_id: str,
+        claim_id: str,
+        result: Any,
+        usage: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """Finish a job with its result: any JSON value, or RawJSON.
+
+        Raises ClaimLost, JobCancelled and NotJSON.
+        """
+        return self._report("complete", Completion(job_id, claim_id, result, usage), Job)
 
     def fail(
         self,
@@ -857,36 +931,48 @@ class AIService:
         retry_in_seconds: float | None = None,
         usage: Mapping[str, Any] | None = None,
     ) -> Job:
-        """End an attempt without a result; `retryable` gives the job another one if any are left. Raises ClaimLost, JobCancelled."""
+        """End an attempt without a result; a `retryable` one is repeated if attempts are left.
+
+        Raises ClaimLost and JobCancelled.
+        """
         failure = Failure(job_id, claim_id, category, message, retryable, retry_in_seconds, usage)
-        return self._finish(job_id, "fail", failure._fields())
+        return self._report("fail", failure, Job)
 
     def release(self, job_id: str, claim_id: str, delay_seconds: float | None = None) -> Job:
-        """Give a job back, its attempt not counted. Raises ClaimLost, JobCancelled."""
-        return self._finish(job_id, "release", Release(job_id, claim_id, delay_seconds)._fields())
+        """Put a job back to pending; the attempt is not counted. Raises ClaimLost, JobCancelled."""
+        return self._report("release", Release(job_id, claim_id, delay_seconds), Job)
 
     def heartbeat(
-        self, job_id: str, claim_id: str, *, lease_seconds: int | None = None, progress: Mapping[str, Any] | None = None
+        self,
+        job_id: str,
+        claim_id: str,
+        *,
+        lease_seconds: float | None = None,
+        progress: Mapping[str, Any] | None = None,
     ) -> Lease:
-        """Extend the lease and tell how far the work is. Raises ClaimLost, JobCancelled."""
-        fields = Beat(job_id, claim_id, lease_seconds, progress)._fields()
-        return self._read(self._post(_job_path(job_id, "heartbeat"), _without_id(fields)), Lease)
+        """Extend the lease and report progress. Raises ClaimLost and JobCancelled."""
+        return self._report("heartbeat", Beat(job_id, claim_id, lease_seconds, progress), Lease)
 
     def complete_many(self, results: Sequence[Completion]) -> tuple[ItemAnswer, ...]:
-        """Up to 1,000 results, each by itself; answers in order."""
-        return self._many("complete", [result._fields() for result in results])
+        """Up to 1,000 results, each independent of the others; the responses are in order."""
+        return self._report_many("complete", results)
 
     def fail_many(self, failures: Sequence[Failure]) -> tuple[ItemAnswer, ...]:
-        """Up to 1,000 failed attempts, each by itself; answers in order."""
-        return self._many("fail", [failure._fields() for failure in failures])
+        """Up to 1,000 failed attempts, each independent of the others."""
+        return self._report_many("fail", failures)
 
-    def heartbeat_many(self, beats: Sequence[Beat], *, worker: Mapping[str, Any] | None = None) -> tuple[ItemAnswer, ...]:
-        """Up to 1,000 heartbeats, each by itself; answers in order. `worker` is what the worker tells of itself."""
-        return self._many("heartbeat", [beat._fields() for beat in beats], worker=worker)
+    def heartbeat_many(
+        self,
+        beats: Sequence[Beat],
+        *,
+        worker: Mapping[str, Any] | None = None,
+    ) -> tuple[ItemAnswer, ...]:
+        """Up to 1,000 heartbeats, each independent of the others; `worker` describes the worker."""
+        return self._report_many("heartbeat", beats, worker=worker)
 
     def release_many(self, releases: Sequence[Release]) -> tuple[ItemAnswer, ...]:
-        """Up to 1,000 jobs to give back, each by itself; answers in order."""
-        return self._many("release", [release._fields() for release in releases])
+        """Up to 1,000 jobs to release, each independent of the others."""
+        return self._report_many("release", releases)
 
     # Operators
 
@@ -897,8 +983,9 @@ class AIService:
         task_types: Sequence[str] | None = None,
         owner_services: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Stop handing out pending jobs of these; at least one argument is needed."""
-        return self._decoded(self._post("/api/v1/pause", _chosen(model_profiles, task_types, owner_services)))
+        """Stop dispatching the pending jobs that match; at least one argument is needed."""
+        body = _claim_filters(model_profiles, task_types, owner_services)
+        return self._post("/api/v1/pause", body, dict[str, Any])
 
     def resume(
         self,
@@ -907,103 +994,128 @@ class AIService:
         task_types: Sequence[str] | None = None,
         owner_services: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Undo a pause; the same arguments."""
-        return self._decoded(self._post("/api/v1/resume", _chosen(model_profiles, task_types, owner_services)))
+        """Undo a pause; the arguments are those of `pause`."""
+        body = _claim_filters(model_profiles, task_types, owner_services)
+        return self._post("/api/v1/resume", body, dict[str, Any])
 
     def pauses(self) -> list[dict[str, Any]]:
-        """What is paused, as rules; null in one is any."""
-        return list(self._decoded(self._get("/api/v1/pause"))["paused"])
+        """The pause rules; null in a rule matches anything."""
+        return self._get("/api/v1/pause", _Paused).paused
 
     def stats(self, window_seconds: int | None = None) -> dict[str, Any]:
-        """Queue and error counters; the window is 3600, 86400 (default) or 604800."""
-        return self._decoded(self._get("/api/v1/stats", _given(window_seconds=window_seconds)))
+        """Queue and error counters; the window is 3600, 86400 (default) or 604800 seconds."""
+        return self._get("/api/v1/stats", dict[str, Any], {"window_seconds": window_seconds})
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers seen in the last five minutes."""
-        return list(self._decoded(self._get("/api/v1/workers"))["workers"])
+        return self._get("/api/v1/workers", _Workers).workers
 
     def providers_status(self) -> dict[str, Any]:
         """The providers as the service and the workers see them."""
-        return self._decoded(self._get("/api/v1/providers/status"))
+        return self._get("/api/v1/providers/status", dict[str, Any])
 
     def healthz(self) -> bool:
-        """Whether the process answers; asked once."""
-        return self._answers("/healthz")
+        """Whether the process responds; never repeated."""
+        return self._is_up("/healthz")
 
     def readyz(self) -> bool:
-        """Whether the service and its database can work; asked once."""
-        return self._answers("/readyz")
+        """Whether the service and its database can work; never repeated."""
+        return self._is_up("/readyz")
 
-    # Requests and answers
+    # Requests and responses
 
-    def _answers(self, path: str) -> bool:
+    def _is_up(self, path: str) -> bool:
         try:
             self._call("GET", path, repeatable=False)
         except ServiceUnavailable:
             return False
         return True
 
-    def _get(self, path: str, query: Mapping[str, Any] | None = None, wait_seconds: float = 0.0) -> bytes:
-        return self._call("GET", path + ("?" + urlencode(query, doseq=True) if query else ""), wait_seconds=wait_seconds)
+    def _create_batch(self, jobs: Iterable[Mapping[str, Any]]) -> Batch:
+        return self._post("/api/v1/jobs/batch", {"jobs": _array_text(jobs)}, Batch)
 
-    def _create_many(self, jobs: Sequence[Mapping[str, Any]]) -> Batch:
-        return self._read(self._post("/api/v1/jobs/batch", {"jobs": _array_text(jobs)}), Batch)
+    def _list(self, kind: type[T], jobs: JobFilter | None, limit: int, cursor: str | None) -> T:
+        query = {**_filter_fields(jobs or JobFilter()), "limit": limit, "cursor": cursor}
+        return self._get("/api/v1/jobs", kind, query)
 
-    def _listed(self, jobs: JobFilter | None, limit: int, cursor: str | None) -> bytes:
-        return self._get("/api/v1/jobs", {**(jobs or JobFilter())._fields(), "limit": limit, **_given(cursor=cursor)})
+    def _report(self, verb: str, item: Completion | Failure | Beat | Release, kind: type[T]) -> T:
+        fields = _request_fields(item)
+        return self._post(_job_path(fields.pop("id"), verb), fields, kind)
 
-    def _post(self, path: str, fields: Mapping[str, Any], *, repeatable: bool = True, wait_seconds: float = 0.0) -> bytes:
-        return self._call("POST", path, object_text(fields).encode(), repeatable=repeatable, wait_seconds=wait_seconds)
+    def _report_many(
+        self,
+        verb: str,
+        items: Sequence[object],
+        **more: Any,
+    ) -> tuple[ItemAnswer, ...]:
+        body = {"jobs": _array_text(map(_request_fields, items)), **_given(**more)}
+        return self._post(f"/api/v1/jobs/{verb}", body, _ItemAnswers).jobs
 
-    def _finish(self, job_id: str, verb: str, fields: Mapping[str, Any]) -> Job:
-        return self._job(self._post(_job_path(job_id, verb), _without_id(fields)))
+    def _get(self, path: str, kind: type[T], query: Mapping[str, Any] | None = None) -> T:
+        given = _given(**(query or {}))
+        wait_seconds = given.get("wait_seconds", 0.0)
+        url = path + ("?" + urlencode(given, doseq=True) if given else "")
+        return _read(self._call("GET", url, wait_seconds=wait_seconds), kind)
 
-    def _many(self, verb: str, items: Sequence[Mapping[str, Any]], **more: Any) -> tuple[ItemAnswer, ...]:
-        answer = self._post(f"/api/v1/jobs/{verb}", {"jobs": _array_text(items), **_given(**more)})
-        return _parsed(lambda: tuple(_item_answer(self._decoded(item)) for item in _items(answer, "jobs")))
+    def _post(
+        self,
+        path: str,
+        fields: Mapping[str, Any],
+        kind: type[T],
+        *,
+        repeatable: bool = True,
+    ) -> T:
+        body, wait_seconds = object_text(fields).encode(), fields.get("wait_seconds", 0.0)
+        response = self._call("POST", path, body, repeatable=repeatable, wait_seconds=wait_seconds)
+        return _read(response, kind)
 
-    def _claim(self, answer: bytes) -> Claim:
-        jobs = tuple(self._read(item, ClaimedJob) for item in _items(answer, "jobs"))
-        return Claim(str(_field(answer, "claim_id")), jobs)
-
-    def _job(self, answer: bytes) -> Job:
-        return self._read(answer, Job)
-
-    def _read(self, answer: bytes, kind: type[T]) -> T:
-        return _parsed(lambda: _structure(split_object(answer), kind))
-
-    def _decoded(self, answer: bytes) -> dict[str, Any]:
-        return _parsed(lambda: {name: value.decode() for name, value in split_object(answer).items()})
-
-    def _call(self, method: str, path: str, body: bytes | None = None, *, repeatable: bool = True, wait_seconds: float = 0.0) -> bytes:
-        """The body of a 2xx answer; repeats the call where that is safe, and no longer than `retry_seconds`."""
-        request = _Request(method, self._prefix + path, body, repeatable, wait_seconds + self._read_seconds)
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        repeatable: bool = True,
+        wait_seconds: float = 0.0,
+    ) -> bytes:
+        """The body of a 2xx response; a safe call is repeated for up to `retry_seconds`."""
         backoff, deadline = Backoff(), None
         while True:
             try:
-                return self._send(request)
+                return self._send(method, path, body, wait_seconds + self._read_seconds)
             except ServiceError as error:
                 deadline = deadline or time.monotonic() + self._retry_seconds
                 pause = backoff.next_seconds(error.retry_after_seconds)
-                if not (repeatable and _may_pass(error)) or time.monotonic() + pause > deadline or self._closed.wait(pause):
+                if not (repeatable and _is_temporary(error)) or time.monotonic() + pause > deadline:
+                    raise
+                if self._closed.wait(pause):
                     raise
 
-    def _send(self, request: _Request) -> bytes:
-        headers = self._headers | ({"Content-Type": "application/json"} if request.body is not None else {})
-        limits = urllib3.Timeout(connect=self._connect_seconds, read=request.read_seconds)
+    def _send(self, method: str, path: str, body: bytes | None, read_seconds: float) -> bytes:
+        content = {"Content-Type": "application/json"} if body is not None else {}
         try:
             response = self._pool.request(
-                request.method, request.path, body=request.body, headers=headers, timeout=limits, retries=False, redirect=False
+                method,
+                self._prefix + path,
+                body=body,
+                headers=self._headers | content,
+                timeout=urllib3.Timeout(connect=self._connect_seconds, read=read_seconds),
+                retries=False,
+                redirect=False,
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _no_answer(error) from error
+            # The class is enough; urllib3's text repeats the address and takes several lines.
+            kind, title = type(error).__name__, "no answer from the service"
+            raise ServiceUnavailable(None, "no_answer", title, kind, retryable=True) from error
         if response.status // 100 != 2:
             raise _error_of(response)
         return response.data
 
 
-def _may_pass(error: ServiceError) -> bool:
-    return isinstance(error, ServiceUnavailable) or (error.retryable and (error.status or 500) >= 500)
+def _is_temporary(error: ServiceError) -> bool:
+    if isinstance(error, ServiceUnavailable):
+        return True
+    return error.retryable and (error.status or 500) >= 500
 
 
 def _wait_until(deadline: float) -> float:
@@ -1012,39 +1124,3 @@ def _wait_until(deadline: float) -> float:
 
 def _job_path(job_id: str, verb: str | None = None) -> str:
     return f"/api/v1/jobs/{quote(job_id, safe='')}" + (f"/{verb}" if verb else "")
-
-
-def _chosen(
-    model_profiles: Sequence[str] | None, task_types: Sequence[str] | None, owner_services: Sequence[str] | None
-) -> dict[str, list[str]]:
-    given = _given(model_profiles=model_profiles, task_types=task_types, owner_services=owner_services)
-    return {name: _alternatives(values) for name, values in given.items()}
-
-
-def _without_id(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name != "id"}
-
-
-def _parsed(parse: Callable[[], T]) -> T:
-    try:
-        return parse()
-    except (NotJSON, KeyError) as error:
-        raise UnexpectedAnswer(None, "unexpected_answer", "not an answer of this service", str(error)) from None
-
-
-def _text(answer: bytes) -> RawJSON:
-    return _parsed(lambda: _raw(msgspec.Raw(answer)))
-
-
-def _items(answer: bytes, name: str) -> list[bytes]:
-    return _parsed(lambda: _split_array(split_object(answer)[name]))
-
-
-def _field(answer: bytes, name: str) -> Any:
-    return _parsed(lambda: split_object(answer)[name].decode())  # noqa: PLW0108 -- the split may fail as well
-
-
-def _item_answer(item: Mapping[str, Any]) -> ItemAnswer:
-    status = int(item["status"])
-    error = None if status < 300 else service_error(status, cast(Mapping[str, Any], item.get("error") or item))
-    return ItemAnswer(str(item["id"]), status, error)

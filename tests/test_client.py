@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from time import monotonic
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
+import attrs
 import pytest
 from fake_service import Behaviour, FakeService, answers, forwards_and, hangs, loses, problem
-from service import Corner, Service
+from service import Api, Corner, Service
 
 from ai_client import (
     AIService,
+    AttemptError,
     Backoff,
+    Batch,
     Beat,
+    Claim,
+    ClaimedJob,
     ClaimIdReused,
     ClaimLost,
     Completion,
+    Created,
     Failure,
+    FieldError,
     Forbidden,
     IdempotencyKeyReused,
     InvalidState,
     Job,
     JobCancelled,
+    JobError,
     JobFilter,
+    Lease,
     NewJob,
     NotFound,
     NotJSON,
+    Page,
     PayloadTooLarge,
     RawJSON,
     Release,
+    Retried,
     ServiceError,
     ServiceUnavailable,
     Unauthorized,
@@ -73,7 +85,10 @@ def new_job(**fields: Any) -> NewJob:
 # ---------------------------------------------------------------- repeats
 
 
-def test_creating_repeats_with_the_same_key_of_its_own_after_a_lost_answer(fake: FakeService, client: AIService) -> None:
+def test_creating_repeats_with_the_same_key_of_its_own_after_a_lost_answer(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     fake.behave("/jobs", loses(), answers(200, JOB))
     assert client.create_job(new_job()).id == JOB["id"]
     first, second = (seen.json["idempotency_key"] for seen in fake.asked("/jobs"))
@@ -86,7 +101,10 @@ def test_two_new_jobs_have_two_keys_and_a_given_key_stands() -> None:
     assert new_job(idempotency_key="mine").idempotency_key == "mine"
 
 
-def test_a_claim_repeats_with_the_same_random_claim_id_after_a_lost_answer(fake: FakeService, client: AIService) -> None:
+def test_a_claim_repeats_with_the_same_random_claim_id_after_a_lost_answer(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     fake.always("/jobs/claim", answers(200, {"claim_id": "c", "jobs": [CLAIMED]}))
     fake.behave("/jobs/claim", loses())
     assert [job.input for job in client.claim("w").jobs] == [{"a": 1}]
@@ -95,7 +113,10 @@ def test_a_claim_repeats_with_the_same_random_claim_id_after_a_lost_answer(fake:
     assert first == repeat != other
 
 
-def test_unavailable_is_met_again_after_the_time_the_service_names(fake: FakeService, client: AIService) -> None:
+def test_unavailable_is_met_again_after_the_time_the_service_names(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     fake.behave("/jobs/x", problem(503, "unavailable", {"Retry-After": "1"}, retryable=True), answers(200, JOB))
     began = monotonic()
     client.get_job("x")
@@ -109,7 +130,10 @@ def test_repeats_end_within_the_total_time(fake: FakeService) -> None:
     assert 2 <= len(fake.seen) <= 6
 
 
-def test_a_named_time_beyond_the_total_time_is_not_waited_for(fake: FakeService, client: AIService) -> None:
+def test_a_named_time_beyond_the_total_time_is_not_waited_for(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     fake.always("/jobs/x", problem(503, "unavailable", {"Retry-After": "3600"}))
     began = monotonic()
     with pytest.raises(ServiceUnavailable) as caught:
@@ -133,14 +157,22 @@ def test_a_bulk_retry_is_not_repeated(fake: FakeService, client: AIService) -> N
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, "malformed_json"), (409, "claim_lost"), (422, "validation_failed"), (500, "internal")])
-def test_what_a_repeat_cannot_help_is_not_repeated(fake: FakeService, client: AIService, status: int, code: str) -> None:
+def test_what_a_repeat_cannot_help_is_not_repeated(
+    fake: FakeService,
+    client: AIService,
+    status: int,
+    code: str,
+) -> None:
     fake.always("/complete", problem(status, code, retryable=False))
     with pytest.raises(ServiceError):
         client.complete("x", "c", {})
     assert len(fake.seen) == 1
 
 
-def test_erasing_what_an_earlier_try_erased_is_success(fake: FakeService, client: AIService) -> None:
+def test_erasing_what_an_earlier_try_erased_is_success(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     fake.behave("/jobs/x", loses(), problem(404, "job_not_found"))
     client.delete("x")
     assert [seen.method for seen in fake.seen] == ["DELETE", "DELETE"]
@@ -185,7 +217,12 @@ def test_pauses_grow_with_jitter_and_never_undercut_the_service() -> None:
         (503, "draining", ServiceUnavailable),
     ],
 )
-def test_every_problem_has_its_exception(fake: FakeService, status: int, code: str, kind: type[ServiceError]) -> None:
+def test_every_problem_has_its_exception(
+    fake: FakeService,
+    status: int,
+    code: str,
+    kind: type[ServiceError],
+) -> None:
     fake.always("/cancel", problem(status, code, detail="why", errors=[{"path": "/reason", "message": "too long"}]))
     with AIService(fake.url, retry_seconds=0) as client, pytest.raises(kind) as caught:
         client.cancel("x")
@@ -205,7 +242,11 @@ def test_an_error_body_of_somebody_else_is_still_an_error(fake: FakeService, bod
 
 
 @pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"", b"[]", b"{}", b'{"id": 1}', b'{"id": "\xff"}', b'{"status": NaN}'])
-def test_an_answer_of_somebody_else_is_no_job(fake: FakeService, client: AIService, body: bytes) -> None:
+def test_an_answer_of_somebody_else_is_no_job(
+    fake: FakeService,
+    client: AIService,
+    body: bytes,
+) -> None:
     fake.always("/jobs/x", answers(200, body))
     with pytest.raises(UnexpectedAnswer):
         client.get_job("x")
@@ -293,7 +334,11 @@ def test_a_claim_id_does_not_show(fake: FakeService, client: AIService) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, {"a": [-math.inf]}, "\ud800", {1, 2}, b"x", object(), {math.nan: 1}])
-def test_what_is_no_json_is_refused_before_it_is_sent(fake: FakeService, client: AIService, value: Any) -> None:
+def test_what_is_no_json_is_refused_before_it_is_sent(
+    fake: FakeService,
+    client: AIService,
+    value: Any,
+) -> None:
     with pytest.raises(NotJSON):
         client.create_job(new_job(input=value))
     assert fake.seen == []
@@ -328,7 +373,10 @@ def test_numbers_and_text_are_unharmed() -> None:
     assert RawJSON(encode(value)).decode() == value
 
 
-def test_a_number_that_python_refuses_hurts_only_who_looks(fake: FakeService, client: AIService) -> None:
+def test_a_number_that_python_refuses_hurts_only_who_looks(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     claimed = encode(CLAIMED | {"input": 7}).replace('"input":7', f'"input":{"7" * 5000}')
     fake.always("/jobs/claim", answers(200, f'{{"claim_id":"c","jobs":[{claimed}]}}'.encode()))
     [job] = client.claim("w").jobs
@@ -345,7 +393,10 @@ def test_fields_of_a_newer_service_are_ignored(fake: FakeService, client: AIServ
     assert (job.error.category, job.errors[0].attempt) == ("timeout", 1)
 
 
-def test_times_go_out_in_utc_and_come_back_with_a_zone(fake: FakeService, client: AIService) -> None:
+def test_times_go_out_in_utc_and_come_back_with_a_zone(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     fake.always("/jobs", answers(201, {**JOB, "created_at": "2026-01-02T03:04:05.678901Z"}))
     at = datetime(2030, 1, 1, tzinfo=UTC)
     assert client.create_job(new_job(run_at=at)).created_at == datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -412,7 +463,10 @@ def test_a_failed_job_is_retried_cancelled_and_erased(real: AIService, corner: C
     assert real.get_jobs([created.id]) == (None,)
 
 
-def test_waiting_does_not_hurry_where_the_service_answers_at_once(fake: FakeService, client: AIService) -> None:
+def test_waiting_does_not_hurry_where_the_service_answers_at_once(
+    fake: FakeService,
+    client: AIService,
+) -> None:
     fake.always("/jobs/x", answers(200, JOB))
     with pytest.raises(TimeoutError):
         client.wait_for_job("x", timeout_seconds=1)
@@ -476,3 +530,103 @@ def test_threads_share_a_client(real: AIService, corner: Corner) -> None:
     with ThreadPoolExecutor(16) as threads:
         created = list(threads.map(lambda number: real.create_job(in_corner(corner, owner_ref=str(number))).owner_ref, range(100)))
     assert created == [str(number) for number in range(100)]
+
+
+# ---------------------------------------------------------------- the types and the document
+
+# The client's type of each schema. What it sends may be less than the schema allows, and what it
+# reads may be more than the schema says.
+SENT = {
+    "NewJob": NewJob,
+    "CompletionItem": Completion,
+    "FailureItem": Failure,
+    "HeartbeatItem": Beat,
+    "ReleaseItem": Release,
+    "RetryFilter": JobFilter,
+}
+READ = {
+    "Job": Job,
+    "JobError": JobError,
+    "AttemptError": AttemptError,
+    "ClaimedJob": ClaimedJob,
+    "Claim": Claim,
+    "CreatedJob": Created,
+    "Batch": Batch,
+    "Page": Page,
+    "Lease": Lease,
+    "Retried": Retried,
+    "FieldError": FieldError,
+}
+JSON_TYPES = {str: "string", datetime: "time", int: "integer", float: "number", bool: "boolean"}
+
+
+@pytest.fixture(scope="module")
+def schemas(api: Api) -> dict[str, Any]:
+    return dict(api.get("/openapi.json").json["components"]["schemas"])
+
+
+def types_of_schema(schemas: dict[str, Any], schema: dict[str, Any]) -> set[str]:
+    if "$ref" in schema:
+        return types_of_schema(schemas, schemas[schema["$ref"].rpartition("/")[2]])
+    if "anyOf" in schema:
+        return set().union(*(types_of_schema(schemas, each) for each in schema["anyOf"]))
+    if schema.get("format") == "date-time":
+        schema = {"type": [each.replace("string", "time") for each in listed(schema["type"])]}
+    return set(listed(schema.get("type", "any")))
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def types_of_hint(hint: Any) -> set[str]:
+    if isinstance(hint, UnionType):
+        return set().union(*map(types_of_hint, get_args(hint)))
+    if hint in (Any, RawJSON):
+        return {"any"}
+    if hint is NoneType:
+        return {"null"}
+    if get_origin(hint) in (tuple, Sequence):
+        return {"array"}
+    return {JSON_TYPES.get(hint, "object")}
+
+
+def fields_of(kind: type[Any]) -> dict[str, set[str]]:
+    """The JSON types of each field of a client's type."""
+    hints = get_type_hints(kind)
+    return {field.name.removeprefix("raw_"): types_of_hint(hints[field.name]) for field in attrs.fields(kind)}
+
+
+def required_of(kind: type[Any]) -> set[str]:
+    fields = attrs.fields(kind)
+    return {each.name.removeprefix("raw_") for each in fields if each.default is attrs.NOTHING}
+
+
+@pytest.mark.parametrize("name", [*SENT, *READ])
+def test_a_type_of_the_client_has_every_field_of_its_schema(
+    schemas: dict[str, Any],
+    name: str,
+) -> None:
+    assert set(fields_of({**SENT, **READ}[name])) == set(schemas[name]["properties"])
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_the_service_accepts_what_a_type_of_the_client_holds(
+    schemas: dict[str, Any],
+    name: str,
+) -> None:
+    for field, types in fields_of(SENT[name]).items():
+        allowed = types_of_schema(schemas, schemas[name]["properties"][field])
+        # None is not sent: the field is left out.
+        assert types - {"null"} <= allowed, field
+    assert set(schemas[name].get("required", ())) <= required_of(SENT[name])
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_type_of_the_client_holds_what_the_service_sends(
+    schemas: dict[str, Any],
+    name: str,
+) -> None:
+    for field, types in fields_of(READ[name]).items():
+        assert types_of_schema(schemas, schemas[name]["properties"][field]) <= types | ({"integer"} if "number" in types else set()), field
+    assert required_of(READ[name]) <= set(schemas[name]["required"])
