@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
 from time import monotonic
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -15,7 +21,8 @@ from uuid import uuid4
 import attrs
 import pytest
 from fake_service import Behaviour, FakeService, answers, forwards_and, hangs, loses, problem
-from service import Api, Corner, Service
+from packaging.requirements import Requirement
+from service import MAIN, Api, Corner, Service
 
 from ai_client import (
     AIService,
@@ -630,3 +637,62 @@ def test_a_type_of_the_client_holds_what_the_service_sends(
     for field, types in fields_of(READ[name]).items():
         assert types_of_schema(schemas, schemas[name]["properties"][field]) <= types | ({"integer"} if "number" in types else set()), field
     assert required_of(READ[name]) <= set(schemas[name]["required"])
+
+
+# ---------------------------------------------------------------- copied into another project
+
+COPIED = """
+import sys
+from ai_client import AIService, NewJob
+
+url, owner_service, task_type, model_profile = sys.argv[1:]
+with AIService(url) as service:
+    new = NewJob(owner_service, "copied/1", task_type, model_profile, input={"prompt": "Hi"})
+    job = service.get_job(service.create_job(new).id, include_input=True)
+    print(job.status, job.owner_ref, job.input)
+"""
+
+
+def with_requirements(names: Iterable[str]) -> Iterator[Distribution]:
+    """The distributions of these names, and those that they need."""
+    for name in names:
+        yield distribution(name)
+        needed = map(Requirement, distribution(name).requires or ())
+        yield from with_requirements(each.name for each in needed if not each.marker or each.marker.evaluate({"extra": ""}))
+
+
+def install(environment: Path, names: Iterable[str]) -> None:
+    """Put these packages, as they are installed here, and no others into a virtual environment."""
+    [site] = environment.glob("lib/python3*/site-packages")
+    for package in with_requirements(names):
+        tops = {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}
+        for top in tops:
+            (site / top).symlink_to(str(package.locate_file(top)))
+
+
+def test_ai_client_works_in_another_project_with_the_packages_that_its_page_names(
+    service: Service,
+    corner: Corner,
+    tmp_path: Path,
+) -> None:
+    page = (MAIN.parent / "docs" / "caller.md").read_text()
+    [packages] = re.findall(r"`pip install ([^`]+)`", page)
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    install(environment, packages.split())
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(MAIN.parent / "ai_client.py", project)
+    (project / "main.py").write_text(COPIED)
+    command = [environment / "bin" / "python", "-B", "-W", "error", "main.py"]
+    place = [corner.owner_service, corner.task_type, corner.model_profile]
+    done = subprocess.run(
+        [*command, f"http://127.0.0.1:{service.api.port}", *place],
+        cwd=project,
+        env={},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("pending copied/1 {'prompt': 'Hi'}\n", "")
