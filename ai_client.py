@@ -184,7 +184,7 @@ def _read(text: bytes, kind: type[T]) -> T:
         return cast(T, _decode(text, kind))
     except (ValueError, TypeError, msgspec.MsgspecError) as error:
         title, detail = "not a response of this service", f"{kind.__name__}: {error}"
-        raise UnexpectedAnswer(None, "unexpected_answer", title, detail) from None
+        raise UnexpectedResponse(None, "unexpected_answer", title, detail) from None
 
 
 # ---------------------------------------------------------------- requests
@@ -240,7 +240,7 @@ class Failure:
 
 
 @frozen
-class Beat:
+class Heartbeat:
     """One heartbeat of a bulk call."""
 
     id: str
@@ -369,7 +369,7 @@ class PayloadTooLarge(ServiceError):
     """The body is larger than the service accepts."""
 
 
-class UnexpectedAnswer(ServiceError):
+class UnexpectedResponse(ServiceError):
     """A response that this service does not send; a proxy or another program may have sent it."""
 
 
@@ -415,23 +415,20 @@ class _Problem:
 def _error_of(response: urllib3.BaseHTTPResponse) -> ServiceError:
     try:
         problem = _read(response.data, _Problem)
-    except UnexpectedAnswer:
+    except UnexpectedResponse:
         problem = _Problem()
     error = problem.as_error(response.status)
-    error.retry_after_seconds = _retry_after(response.headers.get("Retry-After"))
+    error.retry_after_seconds = _retry_after(response.headers.get("Retry-After", ""))
     error.request_id = response.headers.get("X-Request-ID")
     return error
 
 
-def _retry_after(header: str | None) -> float | None:
-    if header is None:
-        return None
-    try:
+def _retry_after(header: str) -> float | None:
+    with suppress(TypeError, ValueError):
         if header.strip().isdigit():
             return float(header)
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+    return None
 
 
 # ---------------------------------------------------------------- responses
@@ -524,7 +521,7 @@ class Claim:
 
 
 @frozen
-class Created:
+class CreatedJob:
     """One job of a batch; `created` is false where its idempotency key existed."""
 
     id: str
@@ -536,7 +533,7 @@ class Created:
 class Batch:
     """The jobs of a batch, in its order."""
 
-    jobs: tuple[Created, ...]
+    jobs: tuple[CreatedJob, ...]
     created: int
     existing: int
 
@@ -583,7 +580,7 @@ class Retried:
 
 
 @frozen(kw_only=True)
-class ItemAnswer(_Problem):
+class ItemResponse(_Problem):
     """The response for one item of a bulk call; `status` is an HTTP status."""
 
     id: str | None
@@ -596,8 +593,8 @@ class ItemAnswer(_Problem):
 
 
 @frozen
-class _ItemAnswers:
-    jobs: tuple[ItemAnswer, ...]
+class _ItemResponses:
+    jobs: tuple[ItemResponse, ...]
 
 
 @frozen
@@ -610,8 +607,8 @@ class _Workers:
     workers: list[dict[str, Any]]
 
 
-def job_of(text: RawJSON) -> Job:
-    """The job in a text that the service sent. Raises UnexpectedAnswer."""
+def parse_job(text: RawJSON) -> Job:
+    """The job in a text that the service sent. Raises UnexpectedResponse."""
     return _read(text.text.encode(), Job)
 
 
@@ -764,7 +761,7 @@ class AIService:
         self._connections.shut_down()
         self._pool.close()
 
-    def another(self, **settings: Any) -> AIService:
+    def clone(self, **settings: Any) -> AIService:
         """A client of the same service with its own connections; `settings` replace this one's."""
         return AIService(**{**self._settings, **settings})
 
@@ -796,13 +793,12 @@ class AIService:
     ) -> Job:
         """The job as it is; with `wait_seconds` (at most 60) once it has finished, or earlier."""
         include = "input" if include_input else None
-        query = {"wait_seconds": wait_seconds or None, "include": include}
-        return self._get(_job_path(job_id), Job, query)
+        return self._get(_job_path(job_id), Job, include=include, wait_seconds=wait_seconds or None)
 
     def get_text(self, job_id: str, *, include_input: bool = False) -> RawJSON:
         """The job as it is, as the text that the service sent."""
-        query = {"include": "input" if include_input else None}
-        return self._get(_job_path(job_id), RawJSON, query)
+        include = "input" if include_input else None
+        return self._get(_job_path(job_id), RawJSON, include=include)
 
     def wait_for_job(self, job_id: str, timeout_seconds: float) -> Job:
         """The job once it has finished. Raises TimeoutError after `timeout_seconds`."""
@@ -850,15 +846,16 @@ class AIService:
             page = self.list_jobs(jobs, limit=page_size, cursor=page.next_cursor)
             yield from page.jobs
 
-    def retry(self, job: Job | str, seen: Sequence[str] = ()) -> Job:
-        """Put a job back to pending if its status is still one of `seen`.
+    def retry(self, job: Job | str, statuses: Sequence[str] = ()) -> Job:
+        """Put a job back to pending if it still has one of `statuses`.
 
-        By default that of the Job given, or for an id failed and cancelled.
+        By default these are the status of the Job given, or for an id failed and cancelled.
         """
-        job_id, status = (job.id, [job.status]) if isinstance(job, Job) else (job, [])
+        job_id, known = (job.id, [job.status]) if isinstance(job, Job) else (job, [])
         # A job with any other status needs no retry or allows none; the service says which.
-        statuses = [each for each in seen or status if each in RETRYABLE] or ["failed", "cancelled"]
-        return self._post(_job_path(job_id, "retry"), {"from": statuses}, Job)
+        wanted = [status for status in statuses or known if status in RETRYABLE]
+        body = {"from": wanted or ["failed", "cancelled"]}
+        return self._post(_job_path(job_id, "retry"), body, Job)
 
     def retry_many(self, jobs: JobFilter, *, limit: int = 1000, dry_run: bool = False) -> Retried:
         """Put up to 1,000 matching jobs back to pending; a dry run only counts all of them.
@@ -935,8 +932,11 @@ class AIService:
 
         Raises ClaimLost and JobCancelled.
         """
-        failure = Failure(job_id, claim_id, category, message, retryable, retry_in_seconds, usage)
-        return self._report("fail", failure, Job)
+        return self._report(
+            "fail",
+            Failure(job_id, claim_id, category, message, retryable, retry_in_seconds, usage),
+            Job,
+        )
 
     def release(self, job_id: str, claim_id: str, delay_seconds: float | None = None) -> Job:
         """Put a job back to pending; the attempt is not counted. Raises ClaimLost, JobCancelled."""
@@ -951,26 +951,30 @@ class AIService:
         progress: Mapping[str, Any] | None = None,
     ) -> Lease:
         """Extend the lease and report progress. Raises ClaimLost and JobCancelled."""
-        return self._report("heartbeat", Beat(job_id, claim_id, lease_seconds, progress), Lease)
+        return self._report(
+            "heartbeat",
+            Heartbeat(job_id, claim_id, lease_seconds, progress),
+            Lease,
+        )
 
-    def complete_many(self, results: Sequence[Completion]) -> tuple[ItemAnswer, ...]:
+    def complete_many(self, results: Sequence[Completion]) -> tuple[ItemResponse, ...]:
         """Up to 1,000 results, each independent of the others; the responses are in order."""
         return self._report_many("complete", results)
 
-    def fail_many(self, failures: Sequence[Failure]) -> tuple[ItemAnswer, ...]:
+    def fail_many(self, failures: Sequence[Failure]) -> tuple[ItemResponse, ...]:
         """Up to 1,000 failed attempts, each independent of the others."""
         return self._report_many("fail", failures)
 
     def heartbeat_many(
         self,
-        beats: Sequence[Beat],
+        heartbeats: Sequence[Heartbeat],
         *,
         worker: Mapping[str, Any] | None = None,
-    ) -> tuple[ItemAnswer, ...]:
+    ) -> tuple[ItemResponse, ...]:
         """Up to 1,000 heartbeats, each independent of the others; `worker` describes the worker."""
-        return self._report_many("heartbeat", beats, worker=worker)
+        return self._report_many("heartbeat", heartbeats, worker=worker)
 
-    def release_many(self, releases: Sequence[Release]) -> tuple[ItemAnswer, ...]:
+    def release_many(self, releases: Sequence[Release]) -> tuple[ItemResponse, ...]:
         """Up to 1,000 jobs to release, each independent of the others."""
         return self._report_many("release", releases)
 
@@ -984,8 +988,11 @@ class AIService:
         owner_services: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Stop dispatching the pending jobs that match; at least one argument is needed."""
-        body = _claim_filters(model_profiles, task_types, owner_services)
-        return self._post("/api/v1/pause", body, dict[str, Any])
+        return self._post(
+            "/api/v1/pause",
+            _claim_filters(model_profiles, task_types, owner_services),
+            dict[str, Any],
+        )
 
     def resume(
         self,
@@ -995,8 +1002,11 @@ class AIService:
         owner_services: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Undo a pause; the arguments are those of `pause`."""
-        body = _claim_filters(model_profiles, task_types, owner_services)
-        return self._post("/api/v1/resume", body, dict[str, Any])
+        return self._post(
+            "/api/v1/resume",
+            _claim_filters(model_profiles, task_types, owner_services),
+            dict[str, Any],
+        )
 
     def pauses(self) -> list[dict[str, Any]]:
         """The pause rules; null in a rule matches anything."""
@@ -1004,7 +1014,7 @@ class AIService:
 
     def stats(self, window_seconds: int | None = None) -> dict[str, Any]:
         """Queue and error counters; the window is 3600, 86400 (default) or 604800 seconds."""
-        return self._get("/api/v1/stats", dict[str, Any], {"window_seconds": window_seconds})
+        return self._get("/api/v1/stats", dict[str, Any], window_seconds=window_seconds)
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers seen in the last five minutes."""
@@ -1035,10 +1045,15 @@ class AIService:
         return self._post("/api/v1/jobs/batch", {"jobs": _array_text(jobs)}, Batch)
 
     def _list(self, kind: type[T], jobs: JobFilter | None, limit: int, cursor: str | None) -> T:
-        query = {**_filter_fields(jobs or JobFilter()), "limit": limit, "cursor": cursor}
-        return self._get("/api/v1/jobs", kind, query)
+        fields = _filter_fields(jobs or JobFilter())
+        return self._get("/api/v1/jobs", kind, **fields, limit=limit, cursor=cursor)
 
-    def _report(self, verb: str, item: Completion | Failure | Beat | Release, kind: type[T]) -> T:
+    def _report(
+        self,
+        verb: str,
+        item: Completion | Failure | Heartbeat | Release,
+        kind: type[T],
+    ) -> T:
         fields = _request_fields(item)
         return self._post(_job_path(fields.pop("id"), verb), fields, kind)
 
@@ -1047,15 +1062,14 @@ class AIService:
         verb: str,
         items: Sequence[object],
         **more: Any,
-    ) -> tuple[ItemAnswer, ...]:
+    ) -> tuple[ItemResponse, ...]:
         body = {"jobs": _array_text(map(_request_fields, items)), **_given(**more)}
-        return self._post(f"/api/v1/jobs/{verb}", body, _ItemAnswers).jobs
+        return self._post(f"/api/v1/jobs/{verb}", body, _ItemResponses).jobs
 
-    def _get(self, path: str, kind: type[T], query: Mapping[str, Any] | None = None) -> T:
-        given = _given(**(query or {}))
-        wait_seconds = given.get("wait_seconds", 0.0)
+    def _get(self, path: str, kind: type[T], **query: Any) -> T:
+        given = _given(**query)
         url = path + ("?" + urlencode(given, doseq=True) if given else "")
-        return _read(self._call("GET", url, wait_seconds=wait_seconds), kind)
+        return _read(self._call("GET", url, wait_seconds=given.get("wait_seconds", 0.0)), kind)
 
     def _post(
         self,
@@ -1083,12 +1097,11 @@ class AIService:
         while True:
             try:
                 return self._send(method, path, body, wait_seconds + self._read_seconds)
-            except ServiceError as error:
+            except ServiceUnavailable as error:
                 deadline = deadline or time.monotonic() + self._retry_seconds
                 pause = backoff.next_seconds(error.retry_after_seconds)
-                if not (repeatable and _is_temporary(error)) or time.monotonic() + pause > deadline:
-                    raise
-                if self._closed.wait(pause):
+                is_late = time.monotonic() + pause > deadline
+                if not repeatable or is_late or self._closed.wait(pause):
                     raise
 
     def _send(self, method: str, path: str, body: bytes | None, read_seconds: float) -> bytes:
@@ -1105,17 +1118,11 @@ class AIService:
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
             # The class is enough; urllib3's text repeats the address and takes several lines.
-            kind, title = type(error).__name__, "no answer from the service"
+            kind, title = type(error).__name__, "no response from the service"
             raise ServiceUnavailable(None, "no_answer", title, kind, retryable=True) from error
         if response.status // 100 != 2:
             raise _error_of(response)
         return response.data
-
-
-def _is_temporary(error: ServiceError) -> bool:
-    if isinstance(error, ServiceUnavailable):
-        return True
-    return error.retryable and (error.status or 500) >= 500
 
 
 def _wait_until(deadline: float) -> float:

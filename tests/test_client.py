@@ -29,16 +29,16 @@ from ai_client import (
     AttemptError,
     Backoff,
     Batch,
-    Beat,
     Claim,
     ClaimedJob,
     ClaimIdReused,
     ClaimLost,
     Completion,
-    Created,
+    CreatedJob,
     Failure,
     FieldError,
     Forbidden,
+    Heartbeat,
     IdempotencyKeyReused,
     InvalidState,
     Job,
@@ -57,7 +57,7 @@ from ai_client import (
     ServiceError,
     ServiceUnavailable,
     Unauthorized,
-    UnexpectedAnswer,
+    UnexpectedResponse,
     ValidationFailed,
     encode,
 )
@@ -255,7 +255,7 @@ def test_an_answer_of_somebody_else_is_no_job(
     body: bytes,
 ) -> None:
     fake.always("/jobs/x", answers(200, body))
-    with pytest.raises(UnexpectedAnswer):
+    with pytest.raises(UnexpectedResponse):
         client.get_job("x")
 
 
@@ -332,7 +332,7 @@ def test_an_address_that_will_not_do_is_refused_without_showing_it(url: str) -> 
 def test_a_claim_id_does_not_show(fake: FakeService, client: AIService) -> None:
     fake.always("/jobs/claim", answers(200, {"claim_id": "secret-claim", "jobs": [CLAIMED]}))
     claim = client.claim("w")
-    shown = [claim, *claim.jobs, Completion("x", "secret-claim", 1), Failure("x", "secret-claim", "c", "m"), Beat("x", "secret-claim")]
+    shown = [claim, *claim.jobs, Completion("x", "secret-claim", 1), Failure("x", "secret-claim", "c", "m"), Heartbeat("x", "secret-claim")]
     assert "secret-claim" not in repr(shown)
     assert claim.jobs[0].claim_id == "secret-claim"
 
@@ -486,7 +486,7 @@ def test_many_jobs_at_once(real: AIService, corner: Corner) -> None:
     assert (batch.created, again.existing) == (6, 6)
     assert [item.id for item in batch.jobs] == [item.id for item in again.jobs]
     one, two, three, four, five, six = real.claim("w1", limit=6, model_profiles=[corner.model_profile]).jobs
-    beats = real.heartbeat_many([Beat(one.id, one.claim_id), Beat(two.id, str(uuid4()))], worker={"version": "1"})
+    beats = real.heartbeat_many([Heartbeat(one.id, one.claim_id), Heartbeat(two.id, str(uuid4()))], worker={"version": "1"})
     assert [(answer.status, type(answer.error)) for answer in beats] == [(200, type(None)), (409, ClaimLost)]
     results = [Completion(one.id, one.claim_id, RawJSON('{"x":1.10}')), Completion(two.id, two.claim_id, None)]
     assert [answer.status for answer in real.complete_many(results)] == [200, 200]
@@ -547,7 +547,7 @@ SENT = {
     "NewJob": NewJob,
     "CompletionItem": Completion,
     "FailureItem": Failure,
-    "HeartbeatItem": Beat,
+    "HeartbeatItem": Heartbeat,
     "ReleaseItem": Release,
     "RetryFilter": JobFilter,
 }
@@ -557,7 +557,7 @@ READ = {
     "AttemptError": AttemptError,
     "ClaimedJob": ClaimedJob,
     "Claim": Claim,
-    "CreatedJob": Created,
+    "CreatedJob": CreatedJob,
     "Batch": Batch,
     "Page": Page,
     "Lease": Lease,

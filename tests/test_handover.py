@@ -34,7 +34,7 @@ from ai_client import (
     ServiceUnavailable,
     ValidationFailed,
 )
-from ai_handover import Comparison, Handover, JobFailed, ModesError, modes_of
+from ai_handover import Comparison, Handover, JobFailed, ModesError, read_modes
 
 
 @pytest.fixture
@@ -129,17 +129,17 @@ def raises(error: BaseException) -> Callable[..., Any]:
 
 
 def test_modes_come_from_the_environment() -> None:
-    assert modes_of({}) == {}
-    assert modes_of({"AI_SERVICE_MODES": " "}) == {}
-    named = modes_of({"AI_SERVICE_MODES": "call_analysis=mirror, transcribe = remote,*=off,"})
+    assert read_modes({}) == {}
+    assert read_modes({"AI_SERVICE_MODES": " "}) == {}
+    named = read_modes({"AI_SERVICE_MODES": "call_analysis=mirror, transcribe = remote,*=off,"})
     assert named == {"call_analysis": "mirror", "transcribe": "remote", "*": "off"}
-    assert modes_of({"MODES": "a=remote"}, "MODES") == {"a": "remote"}
+    assert read_modes({"MODES": "a=remote"}, "MODES") == {"a": "remote"}
 
 
 def test_all_problems_of_the_modes_are_named_at_once() -> None:
     wrong = "call_analysis=mirrored, transcribe, =remote, two words=off, a=Remote, b=off, b=mirror"
     with pytest.raises(ModesError) as caught:
-        modes_of({"AI_SERVICE_MODES": wrong})
+        read_modes({"AI_SERVICE_MODES": wrong})
     told = str(caught.value)
     assert len(caught.value.problems) == 6
     assert all(problem.startswith("AI_SERVICE_MODES: ") for problem in caught.value.problems)
@@ -150,7 +150,7 @@ def test_a_mode_is_switched_at_run_time(fake: FakeService) -> None:
     with AIService(fake.url) as service, Handover(service, {"a": "remote", "*": "mirror"}) as work:
         work.set_mode("a", "off")
         assert work.modes == {"a": "off", "*": "mirror"}
-        work.set_modes(modes_of({"AI_SERVICE_MODES": "b=off"}))
+        work.set_modes(read_modes({"AI_SERVICE_MODES": "b=off"}))
         assert work.modes == {"b": "off"}
         for wrong in ("on", "", "Mirror"):
             with pytest.raises(ModesError, match="'a'"):
@@ -705,13 +705,13 @@ def test_a_switched_task_type_does_not_meet_its_mirrored_jobs(client: AIService,
 def test_another_client_has_the_same_settings_and_its_own_connections(fake: FakeService) -> None:
     fake.always("/cancel", problem(401, "unauthorized"))
     with AIService(fake.url, "very-secret", retry_seconds=0) as first:
-        second = first.another()
+        second = first.clone()
         first.close()
         with second, pytest.raises(ServiceError):
             second.cancel("x")
     assert fake.seen[0].headers["Authorization"] == "Bearer very-secret"
     fake.always("/cancel", problem(503, "draining"))
-    with AIService(fake.url, retry_seconds=60).another(retry_seconds=0) as impatient, pytest.raises(ServiceUnavailable):
+    with AIService(fake.url, retry_seconds=60).clone(retry_seconds=0) as impatient, pytest.raises(ServiceUnavailable):
         impatient.cancel("x")
 
 
@@ -775,11 +775,11 @@ def test_the_example_mirrors_compares_and_switches(service: Service, corner: Cor
         return {"content": "", "json": {"topic": "fault" if "tone" in job.input["prompt"] else "invoice"}}
 
     with worker(url_of(service), corner.model_profile, answer):
-        told = python([str(MAIN.parent / "examples/caller/moving.py")], AI_SERVICE_URL=url_of(service), LLM_MODEL=corner.model_profile)
+        told = python([str(MAIN.parent / "examples/caller/handover.py")], AI_SERVICE_URL=url_of(service), LLM_MODEL=corner.model_profile)
     mirrored, compared, remote, off, counters = re.split("modes: |comparisons:|counters:", told)[1:]
     assert mirrored.startswith("{'call_analysis': 'mirror'}\n  beeline/1: Analysis(topic='invoice')\n  beeline/2: Analysis(topic='other')")
-    assert "beeline/1: agree, here Analysis(topic='invoice'), there Analysis(topic='invoice')" in compared
-    assert "beeline/2: differ, here Analysis(topic='other'), there Analysis(topic='fault')" in compared
+    assert "beeline/1: agree, local Analysis(topic='invoice'), remote Analysis(topic='invoice')" in compared
+    assert "beeline/2: differ, local Analysis(topic='other'), remote Analysis(topic='fault')" in compared
     assert remote == "{'call_analysis': 'remote'}\n  beeline/1: Analysis(topic='invoice')\n  beeline/2: Analysis(topic='fault')\n"
     assert off == "{'call_analysis': 'off'}\n  beeline/1: Analysis(topic='invoice')\n  beeline/2: Analysis(topic='other')\n"
     assert counters.startswith("\n  off: 2\n  mirrored: 4\n  sent: 4\n  compared: 4\n  remote: 2\n  dropped: {}\n")

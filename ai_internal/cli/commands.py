@@ -41,12 +41,12 @@ from ai_client import (
     ServiceError,
     ServiceUnavailable,
     Unauthorized,
-    UnexpectedAnswer,
+    UnexpectedResponse,
     check_base_url,
     check_token,
     encode,
-    job_of,
     object_text,
+    parse_job,
     split_object,
 )
 from ai_internal.cli.terminal import Column, Progress, Table, ago, ago_text, duration_text, moment_text, painted, print_json, print_lines
@@ -277,7 +277,7 @@ def code_of(error: ServiceError) -> int:
     """The exit code that an error stands for."""
     if isinstance(error, Unauthorized | Forbidden):
         return NOT_ALLOWED
-    is_stranger = isinstance(error, UnexpectedAnswer) or error.code.startswith("http_")
+    is_stranger = isinstance(error, UnexpectedResponse) or error.code.startswith("http_")
     return UNREACHABLE if is_stranger or isinstance(error, ServiceUnavailable) else REFUSED
 
 
@@ -295,7 +295,7 @@ def told(error: ServiceError, settings: Settings) -> str:
     """What a person is told of an error."""
     if error.status is None and error.code == "no_answer":
         return f"no answer from {settings.url}: {_AWAY.get(error.detail or '', error.detail)}"
-    if error.code.startswith("http_") or isinstance(error, UnexpectedAnswer):
+    if error.code.startswith("http_") or isinstance(error, UnexpectedResponse):
         return f"{settings.url} does not answer as AI Service does{f' ({error.status})' if error.status else ''}: is AI_SERVICE_URL right?"
     if isinstance(error, Unauthorized):
         return "the service does not know the token in AI_SERVICE_TOKEN" if settings.token else "a token is needed: set AI_SERVICE_TOKEN"
@@ -314,7 +314,7 @@ def _patient(service: AIService) -> AIService:
     """A client that sits out a restart of the service; one that is away from the beginning is told at once."""
     if not service.healthz():
         raise ServiceUnavailable(None, "no_answer", detail="nobody takes the connection")
-    return service.another(retry_seconds=LONG_SECONDS)
+    return service.clone(retry_seconds=LONG_SECONDS)
 
 
 class _Paged(Protocol[Item_co]):
@@ -434,7 +434,7 @@ _DATED = ("created_at", "run_at", "expires_at", "started_at", "lease_expires_at"
 
 
 def _story(text: RawJSON) -> Iterator[str]:
-    job = job_of(text)
+    job = parse_job(text)
     facts = {name: str(value) for name in _PLAIN if (value := getattr(job, name)) is not None}
     facts["attempt"] = f"{job.attempt} of {job.max_attempts}"
     facts |= {name: f"{moment_text(at)}{_lasted(job, name)}" for name in _DATED if (at := getattr(job, name))}

@@ -50,11 +50,11 @@ import providers
 from ai_client import (
     AIService,
     Backoff,
-    Beat,
     Claim,
     ClaimedJob,
     ClaimIdReused,
     Conflict,
+    Heartbeat,
     NotFound,
     NotJSON,
     PayloadTooLarge,
@@ -914,7 +914,8 @@ class Worker:
             self.stop("stuck")
 
     def _beat_for(self, running: Sequence[Running]) -> None:
-        beats = [Beat(one.job.id, one.job.claim_id, self._settings.lease_seconds, one.progress) for one in running]
+        lease = self._settings.lease_seconds
+        beats = [Heartbeat(one.job.id, one.job.claim_id, lease, one.progress) for one in running]
         answers = self._beats.heartbeat_many(beats, worker=self._report())
         self._watch.answered()
         for one, answer in zip(running, answers, strict=False):

@@ -1,10 +1,12 @@
-"""Hands one job in, waits for its end, and tells what became of it.
+"""Submits one job, waits for it, and prints its result.
 
-    AI_SERVICE_URL=http://127.0.0.1:8080 AI_SERVICE_TOKEN=… python caller.py beeline/17 "Summarise: the caller asks for the invoice."
+    export AI_SERVICE_URL=http://127.0.0.1:8080 AI_SERVICE_TOKEN=…
+    python caller.py beeline/17 "Summarise: the caller asks for the invoice."
 
-The idempotency key is made of what the caller knows of the work. Run it twice, or again after a crash: it is the same job.
-Ends with 0 and the result on the output, 1 where the job failed or was cancelled, 2 where the request was refused, 3 where the service
-could not be reached for RETRY_SECONDS (30), 4 where the job has not finished within TIMEOUT_SECONDS (600).
+The idempotency key is made from the reference: running it again, after a crash too, finds the same
+job. Exit codes: 0 the job completed, its result is on the output; 1 it failed or was cancelled; 2 the
+request was rejected; 3 the service could not be reached for RETRY_SECONDS (30); 4 the job has not
+finished within TIMEOUT_SECONDS (600).
 """
 
 import json

@@ -1,14 +1,14 @@
-"""A telephony backend moves the analysis of its calls over to AI Service, and goes on working all the while.
+"""A telephony backend switches the analysis of its calls to AI Service while it keeps running.
 
-    make run                                      in one terminal
-    .venv/bin/python examples/caller/moving.py    in another
+    make run                                        in one terminal
+    .venv/bin/python examples/caller/handover.py    in another
 
-It has a function of its own, `analyse`. It mirrors a few calls, shows what the service made of them, switches to the service while it
-runs, and back again. Settings, from the environment:
+The backend has a local function, `analyse`. This program mirrors a few calls and compares the
+results, then switches to the service, and back. Settings, from the environment:
 
-    AI_SERVICE_URL      where the service is: http://127.0.0.1:8080
-    AI_SERVICE_TOKEN    its token, where it wants one
-    AI_SERVICE_MODES    the modes to begin with: call_analysis=mirror
+    AI_SERVICE_URL      the service: http://127.0.0.1:8080
+    AI_SERVICE_TOKEN    its token, if it needs one
+    AI_SERVICE_MODES    the first modes: call_analysis=mirror
     LLM_MODEL           the model profile of the remote analysis: qwen2.5-14b
 """
 
@@ -21,10 +21,15 @@ from typing import Any
 from attrs import asdict, frozen
 
 from ai_client import AIService, Job, NewJob
-from ai_handover import Comparison, Handover, modes_of
+from ai_handover import Comparison, Handover, read_modes
 
 TOPICS = ("invoice", "fault", "contract", "other")
-ANSWER = {"type": "object", "properties": {"topic": {"enum": TOPICS}}, "required": ["topic"], "additionalProperties": False}
+ANALYSIS_SCHEMA = {
+    "type": "object",
+    "properties": {"topic": {"enum": TOPICS}},
+    "required": ["topic"],
+    "additionalProperties": False,
+}
 COMPARED_SECONDS = 60.0
 CALLS = (
     "I would like to know why the invoice of last month is so high.",
@@ -36,24 +41,30 @@ CALLS = (
 
 @frozen
 class Analysis:
-    """What the backend wants to know of a call."""
+    """The analysis of a call."""
 
     topic: str
 
 
 def analyse(transcript: str) -> Analysis:
-    """The analysis as the backend has always made it."""
+    """The local analysis."""
     return Analysis(next((topic for topic in TOPICS if topic in transcript), "other"))
 
 
 def prompt_for(transcript: str) -> dict[str, Any]:
-    """The same question to a model."""
-    form = {"type": "json_schema", "json_schema": {"name": "analysis", "schema": ANSWER}}
-    return {"system": "Name the topic of the call.", "prompt": transcript, "response_format": form}
+    """The input for the same analysis by a model."""
+    return {
+        "system": "Name the topic of the call.",
+        "prompt": transcript,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "analysis", "schema": ANALYSIS_SCHEMA},
+        },
+    }
 
 
 def analysis_of(job: Job) -> Analysis:
-    """The model's answer, as the type that `analyse` returns."""
+    """The remote result, as the type that `analyse` returns."""
     return Analysis(job.result["json"]["topic"])
 
 
@@ -61,20 +72,28 @@ class Backend:
     """The part of the backend that analyses calls."""
 
     def __init__(self, service: AIService, environ: dict[str, str]) -> None:
-        modes = modes_of({"AI_SERVICE_MODES": "call_analysis=mirror", **environ})
+        modes = read_modes({"AI_SERVICE_MODES": "call_analysis=mirror", **environ})
         self.handover = Handover(service, modes, compare=self.compare, timeout_seconds=30)
         self.profile = environ.get("LLM_MODEL") or "qwen2.5-14b"
         self.compared = threading.Semaphore(0)
 
     def analyse(self, number: int, transcript: str) -> Analysis:
-        """The analysis of one call; who makes it is the handover's affair."""
-        job = NewJob("telephony", f"beeline/{number}", "call_analysis", self.profile, input=prompt_for(transcript))
+        """The analysis of one call, local or remote by the mode of its task type."""
+        job = NewJob(
+            "telephony",
+            f"beeline/{number}",
+            "call_analysis",
+            self.profile,
+            input=prompt_for(transcript),
+        )
         return self.handover.run(job, local=lambda: analyse(transcript), read=analysis_of)
 
-    def compare(self, both: Comparison) -> None:
-        """Called with both results of a mirrored call, in the handover's thread. A real backend would count here."""
-        verdict = "agree" if both.remote == both.local else "differ"
-        print(f"  {both.job.owner_ref}: {verdict}, here {both.local}, there {both.remote or both.remote_error}", flush=True)
+    def compare(self, comparison: Comparison) -> None:
+        """Called with both results of a mirrored call, in the mirror thread."""
+        verdict = "agree" if comparison.remote == comparison.local else "differ"
+        remote = comparison.remote or comparison.remote_error
+        owner_ref = comparison.job.owner_ref
+        print(f"  {owner_ref}: {verdict}, local {comparison.local}, remote {remote}", flush=True)
         self.compared.release()
 
 
@@ -86,7 +105,7 @@ def show(backend: Backend, calls: Sequence[str]) -> None:
 
 
 def main(environ: dict[str, str]) -> None:
-    """Mirror, switch over, switch back."""
+    """Mirror, then run remotely, then locally."""
     url = environ.get("AI_SERVICE_URL") or "http://127.0.0.1:8080"
     with AIService(url, environ.get("AI_SERVICE_TOKEN"), retry_seconds=5) as service:
         backend = Backend(service, environ)
@@ -94,7 +113,7 @@ def main(environ: dict[str, str]) -> None:
             show(backend, CALLS)
             print("comparisons:", flush=True)
             if not all(backend.compared.acquire(timeout=COMPARED_SECONDS) for _ in CALLS):
-                print(f"  not all came within {COMPARED_SECONDS:g} s")
+                print(f"  not all of them within {COMPARED_SECONDS:g} s")
             for mode in ("remote", "off"):
                 backend.handover.set_mode("call_analysis", mode)
                 show(backend, CALLS[:2])
