@@ -1,6 +1,7 @@
-"""Moving work over: what each mode does, that mirroring costs the local run nothing, and that a remote call always ends.
+"""The handover: what each mode does, that mirroring delays no call, that a remote call always ends.
 
-First the modes, then mirroring and remote calls, against a real service and against one that hangs, is away or refuses; then processes.
+Mirroring and remote calls run against a real service, and against one that hangs, is unreachable or
+rejects them.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def fake() -> Iterator[FakeService]:
 
 
 @pytest.fixture
-def between(service: Service) -> Iterator[FakeService]:
-    """Hands everything on to the real service, until the test says otherwise."""
+def proxy(service: Service) -> Iterator[FakeService]:
+    """Forwards everything to the real service, except what the test changes."""
     with FakeService(forward_to=service.api.port) as server:
         yield server
 
@@ -128,7 +129,7 @@ def raises(error: BaseException) -> Callable[..., Any]:
 # ---------------------------------------------------------------- modes
 
 
-def test_modes_come_from_the_environment() -> None:
+def test_read_modes_reads_the_environment() -> None:
     assert read_modes({}) == {}
     assert read_modes({"AI_SERVICE_MODES": " "}) == {}
     named = read_modes({"AI_SERVICE_MODES": "call_analysis=mirror, transcribe = remote,*=off,"})
@@ -136,17 +137,17 @@ def test_modes_come_from_the_environment() -> None:
     assert read_modes({"MODES": "a=remote"}, "MODES") == {"a": "remote"}
 
 
-def test_all_problems_of_the_modes_are_named_at_once() -> None:
+def test_modes_error_lists_all_problems() -> None:
     wrong = "call_analysis=mirrored, transcribe, =remote, two words=off, a=Remote, b=off, b=mirror"
     with pytest.raises(ModesError) as caught:
         read_modes({"AI_SERVICE_MODES": wrong})
-    told = str(caught.value)
     assert len(caught.value.problems) == 6
     assert all(problem.startswith("AI_SERVICE_MODES: ") for problem in caught.value.problems)
-    assert all(repr(name) in told for name in ("call_analysis", "mirrored", "transcribe", "", "two words", "Remote", "b"))
+    names = ("call_analysis", "mirrored", "transcribe", "", "two words", "Remote", "b")
+    assert all(repr(name) in str(caught.value) for name in names)
 
 
-def test_a_mode_is_switched_at_run_time(fake: FakeService) -> None:
+def test_modes_change_at_run_time(fake: FakeService) -> None:
     with AIService(fake.url) as service, Handover(service, {"a": "remote", "*": "mirror"}) as work:
         work.set_mode("a", "off")
         assert work.modes == {"a": "off", "*": "mirror"}
@@ -164,7 +165,7 @@ def test_a_mode_is_switched_at_run_time(fake: FakeService) -> None:
         Handover(service, {"a": "on"})
 
 
-def test_what_is_not_named_has_the_mode_of_the_star(fake: FakeService) -> None:
+def test_other_task_types_have_the_mode_of_the_star(fake: FakeService) -> None:
     fake.always("/batch", problem(503, "draining"))
     with AIService(fake.url) as service, Handover(service, {"a": "off", "*": "mirror"}) as work:
         for task_type in ("a", "b", "c"):
@@ -201,12 +202,14 @@ class Hook:
         self.seen.append(both)
 
     def wait(self, count: int = 1) -> list[Comparison]:
-        """The comparisons, once so many are there."""
+        """The comparisons, once there are `count`."""
         wait_until(lambda: len(self.seen) >= count, what=f"comparison {count}")
         return self.seen
 
 
-def test_a_mirrored_call_returns_the_local_value_and_the_hook_gets_both(client: AIService, service: Service, corner: Corner) -> None:
+def test_a_mirrored_call_returns_the_local_value_and_the_hook_gets_both_results(
+    client: AIService, service: Service, corner: Corner
+) -> None:
     hook, value = Hook(), {"text": "local"}
     with Handover(client, {corner.task_type: "mirror"}, compare=hook) as work, worker(url_of(service), corner.model_profile, echo):
         assert work.run(job_in(corner, owner_ref="call/7"), lambda: value) is value
@@ -218,7 +221,10 @@ def test_a_mirrored_call_returns_the_local_value_and_the_hook_gets_both(client: 
     assert (work.stats().mirrored, work.stats().sent, work.stats().compared) == (1, 1, 1)
 
 
-def test_the_local_function_runs_in_the_callers_thread_and_only_once(client: AIService, corner: Corner) -> None:
+def test_the_local_function_runs_in_the_callers_thread_and_only_once(
+    client: AIService,
+    corner: Corner,
+) -> None:
     ran = []
     with Handover(client, {corner.task_type: "mirror"}) as work:
         work.run(job_in(corner), lambda: ran.append(threading.current_thread()))
@@ -226,7 +232,12 @@ def test_the_local_function_runs_in_the_callers_thread_and_only_once(client: AIS
 
 
 @pytest.mark.parametrize("error", [ValueError("no speech"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
-def test_the_caller_gets_the_local_exception_itself(client: AIService, service: Service, corner: Corner, error: BaseException) -> None:
+def test_the_caller_gets_the_local_exception_itself(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+    error: BaseException,
+) -> None:
     hook = Hook()
     with Handover(client, {corner.task_type: "mirror"}, compare=hook) as work, worker(url_of(service), corner.model_profile, echo):
         with pytest.raises(type(error)) as caught:
@@ -239,7 +250,10 @@ def test_the_caller_gets_the_local_exception_itself(client: AIService, service: 
     assert (both.local, both.remote) == (None, {"echo": {"text": "hello"}})
 
 
-def test_a_mirrored_job_is_a_guest_in_the_queue(client: AIService, corner: Corner) -> None:
+def test_a_mirrored_job_has_low_priority_one_attempt_and_an_expiry(
+    client: AIService,
+    corner: Corner,
+) -> None:
     with Handover(client, {"*": "mirror"}, mirror_seconds=300) as work:
         work.run(job_in(corner, priority=5, max_attempts=7, idempotency_key="call/1"), lambda: None)
     [job] = jobs_of(client, corner)
@@ -248,7 +262,11 @@ def test_a_mirrored_job_is_a_guest_in_the_queue(client: AIService, corner: Corne
     assert 300 < (job.expires_at - datetime.now(UTC)).total_seconds() <= 360
 
 
-def test_what_is_mirrored_is_what_was_there_before(client: AIService, service: Service, corner: Corner) -> None:
+def test_the_mirrored_input_is_that_before_the_local_run(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     hook, given = Hook(), {"calls": [1], "text": "as it was"}
 
     def changes_its_input() -> dict[str, Any]:
@@ -264,7 +282,11 @@ def test_what_is_mirrored_is_what_was_there_before(client: AIService, service: S
     assert both.local == {"topic": "invoice"}
 
 
-def test_a_job_that_fails_and_a_result_that_cannot_be_read_are_compared_too(client: AIService, service: Service, corner: Corner) -> None:
+def test_failed_jobs_and_unreadable_results_are_compared_too(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     hook = Hook()
 
     def answer(job: ClaimedJob) -> Any:
@@ -284,7 +306,7 @@ def test_a_job_that_fails_and_a_result_that_cannot_be_read_are_compared_too(clie
 
 
 def timed(work: Handover, task_type: str, count: int) -> tuple[float, float]:
-    """Seconds that so many calls took together, and the slowest of them."""
+    """The seconds of `count` calls in total, and of the slowest one."""
     seconds = []
     for _ in range(count):
         began = perf_counter()
@@ -294,7 +316,7 @@ def timed(work: Handover, task_type: str, count: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("trouble", ["hangs", "away", "refuses", "loses"])
-def test_the_local_path_is_as_quick_and_drops_are_exact_whatever_the_service_does(trouble: str) -> None:
+def test_an_unusable_service_delays_no_local_call_and_drops_are_exact(trouble: str) -> None:
     behaviours = {"hangs": hangs(), "away": None, "refuses": problem(503, "draining", {"Retry-After": "60"}), "loses": loses()}
     with FakeService() as fake:
         fake.always("/batch", behaviours[trouble] or hangs())
@@ -305,7 +327,7 @@ def test_the_local_path_is_as_quick_and_drops_are_exact_whatever_the_service_doe
             stats = work.stats()
             assert (stats.off, stats.mirrored, stats.sent, stats.waiting, dict(stats.dropped)) == (1000, 1000, 0, 600, {"full": 400})
             assert mirrored < off + 1.0, "a millisecond each, where a few microseconds are usual"
-            assert slowest < 2, "no call waits for the service; a busy machine takes its half second"
+            assert slowest < 2, "no call waits for the service, on a busy machine either"
             began = monotonic()
             work.close(0.1)
             assert monotonic() - began < 2
@@ -313,7 +335,7 @@ def test_the_local_path_is_as_quick_and_drops_are_exact_whatever_the_service_doe
     assert work.stats().waiting == 0
 
 
-def test_what_is_held_is_bounded_in_bytes_too(fake: FakeService) -> None:
+def test_the_buffer_is_limited_in_bytes(fake: FakeService) -> None:
     fake.always("/batch", hangs())
     with AIService(fake.url) as service:
         work = Handover(service, {"*": "mirror"}, max_mirrored_bytes=10_000)
@@ -324,7 +346,9 @@ def test_what_is_held_is_bounded_in_bytes_too(fake: FakeService) -> None:
 
 
 @pytest.mark.parametrize("compare", [None, lambda both: None], ids=["sent", "compared"])
-def test_room_comes_back_once_jobs_are_sent_or_compared(client: AIService, service: Service, corner: Corner, compare: Any) -> None:
+def test_the_buffer_is_free_again_after_jobs_are_sent_or_compared(
+    client: AIService, service: Service, corner: Corner, compare: Any
+) -> None:
     done = "compared" if compare else "sent"
     with (
         worker(url_of(service), corner.model_profile, echo),
@@ -332,7 +356,7 @@ def test_room_comes_back_once_jobs_are_sent_or_compared(client: AIService, servi
     ):
         for count in (1, 2, 3):
             work.run(job_in(corner, input="x" * 900), lambda: None)
-            wait_until(lambda count=count: getattr(work.stats(), done) == count, what="room")
+            wait_until(lambda count=count: getattr(work.stats(), done) == count, what="free space")
         assert work.stats().dropped == {}
 
 
@@ -347,7 +371,7 @@ class Uncopied:
     ("value", "reason"),
     [(math.nan, "not_json"), ({1, 2}, "not_json"), (b"x", "not_json"), (Uncopied(), "not_copied"), ("\ud800", "not_json")],
 )
-def test_an_input_that_is_no_json_costs_its_own_copy_only(
+def test_an_input_that_is_not_json_drops_only_its_own_job(
     client: AIService, corner: Corner, caplog: pytest.LogCaptureFixture, value: Any, reason: str
 ) -> None:
     with Handover(client, {"*": "mirror"}) as work:
@@ -359,18 +383,25 @@ def test_an_input_that_is_no_json_costs_its_own_copy_only(
     assert "my-payload" not in caplog.text
 
 
-def test_a_local_value_that_cannot_be_copied_is_the_callers_all_the_same(client: AIService, corner: Corner) -> None:
+def test_a_local_value_that_cannot_be_copied_is_still_returned(
+    client: AIService,
+    corner: Corner,
+) -> None:
     with Handover(client, {"*": "mirror"}, compare=print) as work:
         lock = threading.Lock()
         assert work.run(job_in(corner), lambda: lock) is lock
     assert work.stats().dropped == {"not_copied": 1}
 
 
-def test_jobs_that_are_refused_do_not_stop_the_others_of_their_batch(between: FakeService, client: AIService, corner: Corner) -> None:
+def test_a_rejected_job_does_not_block_the_others_of_its_batch(
+    proxy: FakeService,
+    client: AIService,
+    corner: Corner,
+) -> None:
     gate = threading.Event()
-    between.behave("/batch", after(gate, problem(503, "draining")))
+    proxy.behave("/batch", after(gate, problem(503, "draining")))
     refs = ["1", "", "2", "x" * 501, "3", "\ud800", "4"]
-    with AIService(between.url) as service, Handover(service, {"*": "mirror"}) as work:
+    with AIService(proxy.url) as service, Handover(service, {"*": "mirror"}) as work:
         for owner_ref in refs:
             work.run(job_in(corner, owner_ref=owner_ref), lambda: None)
         work.run(job_in(corner, owner_ref="naive", run_at=datetime(2030, 1, 1)), lambda: None)  # noqa: DTZ001 -- the mistake itself
@@ -389,18 +420,22 @@ def after(gate: threading.Event, then: Behaviour) -> Behaviour:
     return wait
 
 
-def test_an_outage_delays_the_copies_and_doubles_none(between: FakeService, client: AIService, corner: Corner) -> None:
+def test_an_outage_delays_mirrored_jobs_and_duplicates_none(
+    proxy: FakeService,
+    client: AIService,
+    corner: Corner,
+) -> None:
     def does_it_and_loses_the_answer(handler: Any, seen: Any) -> None:
         handler.forward(seen)
         handler.close_connection = True
 
-    between.behave("/batch", problem(503, "draining"), does_it_and_loses_the_answer)
-    with AIService(between.url) as service, Handover(service, {"*": "mirror"}) as work:
+    proxy.behave("/batch", problem(503, "draining"), does_it_and_loses_the_answer)
+    with AIService(proxy.url) as service, Handover(service, {"*": "mirror"}) as work:
         began = monotonic()
         for number in range(5):
             work.run(job_in(corner, owner_ref=str(number)), lambda: None)
         wait_until(lambda: work.stats().sent == 5, what="the copies")
-        assert monotonic() - began >= 0.75, "it rests for half a second, then for one, by half at the least"
+        assert monotonic() - began >= 0.75, "the pauses are 0.5 and 1 s, with jitter at least half"
     assert work.stats().paused == {"ServiceUnavailable": 2}
     assert [job.owner_ref for job in jobs_of(client, corner)] == ["0", "1", "2", "3", "4"]
 
@@ -426,7 +461,7 @@ def test_a_hook_that_raises_is_counted_and_the_next_is_called(
     assert "my-payload" not in caplog.text
 
 
-def test_a_hook_that_hangs_hurts_nobody_but_itself(client: AIService, service: Service, corner: Corner) -> None:
+def test_a_hanging_hook_delays_no_call(client: AIService, service: Service, corner: Corner) -> None:
     entered, gate = threading.Event(), threading.Event()
 
     def hang(_: Comparison) -> None:
@@ -446,14 +481,14 @@ def test_a_hook_that_hangs_hurts_nobody_but_itself(client: AIService, service: S
     assert (work.stats().uncompared, work.stats().dropped, work.stats().compared) == ({"closed": 1}, {"full": 6, "closed": 4}, 0)
 
 
-def test_a_comparison_is_not_waited_for_for_ever(client: AIService, corner: Corner) -> None:
+def test_a_comparison_is_given_up_after_mirror_seconds(client: AIService, corner: Corner) -> None:
     with Handover(client, {"*": "mirror"}, compare=print, mirror_seconds=0.1) as work:
         work.run(job_in(corner), lambda: None)
-        wait_until(lambda: work.stats().uncompared == {"timeout": 1}, what="the end of the patience")
+        wait_until(lambda: work.stats().uncompared == {"timeout": 1}, what="the timeout")
         assert (work.stats().sent, work.stats().compared) == (1, 0)
 
 
-def test_a_job_that_somebody_erased_is_not_waited_for(client: AIService, corner: Corner) -> None:
+def test_a_deleted_job_is_not_waited_for(client: AIService, corner: Corner) -> None:
     with Handover(client, {"*": "mirror"}, compare=print) as work:
         work.run(job_in(corner), lambda: None)
         [job] = wait_until(lambda: jobs_of(client, corner), what="the copy")
@@ -464,7 +499,11 @@ def test_a_job_that_somebody_erased_is_not_waited_for(client: AIService, corner:
     assert work.stats().uncompared == {"unknown": 1} or work.stats().compared == 1
 
 
-def test_many_threads_mirror_many_calls_and_all_are_compared(client: AIService, service: Service, corner: Corner) -> None:
+def test_many_threads_mirror_many_calls_and_all_are_compared(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     hook = Hook()
     with Handover(client, {"*": "mirror"}, compare=hook) as work, worker(url_of(service), corner.model_profile, echo):
 
@@ -483,7 +522,7 @@ def test_many_threads_mirror_many_calls_and_all_are_compared(client: AIService, 
     assert (work.stats().sent, work.stats().compared, work.stats().dropped) == (200, 200, {})
 
 
-def test_closing_sends_what_is_held_and_ends_the_thread(client: AIService, corner: Corner) -> None:
+def test_close_sends_buffered_jobs_and_ends_the_thread(client: AIService, corner: Corner) -> None:
     work = Handover(client, {"*": "mirror"})
     for number in range(120):
         work.run(job_in(corner, owner_ref=str(number)), lambda: None)
@@ -496,7 +535,7 @@ def test_closing_sends_what_is_held_and_ends_the_thread(client: AIService, corne
     assert client.healthz(), "the caller's own client is not closed with it"
 
 
-def test_closing_waits_for_comparisons_but_not_for_ever(client: AIService, corner: Corner) -> None:
+def test_close_waits_for_comparisons_up_to_its_timeout(client: AIService, corner: Corner) -> None:
     work = Handover(client, {"*": "mirror"}, compare=print)
     work.run(job_in(corner), lambda: None)
     began = monotonic()
@@ -505,7 +544,10 @@ def test_closing_waits_for_comparisons_but_not_for_ever(client: AIService, corne
     assert work.stats().uncompared == {"closed": 1}
 
 
-def test_trouble_is_logged_once_in_a_while_and_without_payloads(fake: FakeService, caplog: pytest.LogCaptureFixture) -> None:
+def test_drops_are_logged_once_per_interval_without_payloads(
+    fake: FakeService,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.DEBUG, "ai_service")
     fake.always("/batch", hangs())
     with AIService(fake.url) as service:
@@ -522,7 +564,11 @@ def test_trouble_is_logged_once_in_a_while_and_without_payloads(fake: FakeServic
 # ---------------------------------------------------------------- remote
 
 
-def test_a_remote_call_returns_what_the_service_made_of_it(client: AIService, service: Service, corner: Corner) -> None:
+def test_a_remote_call_returns_the_result_of_the_job(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     with Handover(client, {corner.task_type: "remote"}) as work, worker(url_of(service), corner.model_profile, echo):
         assert work.run(job_in(corner, priority=3, max_attempts=2), never_here) == {"echo": {"text": "hello"}}
         assert work.run(job_in(corner), lambda: "", read=lambda job: str(job.result["echo"]["text"])) == "hello"
@@ -531,7 +577,11 @@ def test_a_remote_call_returns_what_the_service_made_of_it(client: AIService, se
     assert (first.priority, first.max_attempts) == (3, 2)
 
 
-def test_what_goes_wrong_remotely_runs_locally_after_all(client: AIService, service: Service, corner: Corner) -> None:
+def test_a_remote_error_runs_the_local_function(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     def unreadable(job: Job) -> str:
         raise KeyError(job.id)
 
@@ -548,7 +598,11 @@ def test_what_goes_wrong_remotely_runs_locally_after_all(client: AIService, serv
     assert reading.stats().fell_back == {"KeyError": 1}
 
 
-def test_without_a_fallback_the_caller_gets_the_error(client: AIService, service: Service, corner: Corner) -> None:
+def test_without_a_fallback_the_error_is_raised(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     with (
         Handover(client, {"*": "remote"}, fallback=False) as work,
         worker(url_of(service), corner.model_profile, raises(ValueError())),
@@ -564,7 +618,10 @@ def test_without_a_fallback_the_caller_gets_the_error(client: AIService, service
     assert work.stats().failed == {"JobFailed": 1, "NotJSON": 1, "ValidationFailed": 1}
 
 
-def test_a_late_job_is_cancelled_and_the_local_function_runs_once_its_time_is_over(client: AIService, corner: Corner) -> None:
+def test_a_late_job_is_cancelled_and_the_local_function_runs_at_the_deadline(
+    client: AIService,
+    corner: Corner,
+) -> None:
     with Handover(client, {"*": "remote"}) as work:
         began = monotonic()
         assert 0.5 <= work.run(job_in(corner), monotonic, timeout_seconds=0.5) - began < 1.5
@@ -575,7 +632,11 @@ def test_a_late_job_is_cancelled_and_the_local_function_runs_once_its_time_is_ov
     assert work.stats().fell_back == {"TimeoutError": 1}
 
 
-def test_a_late_job_without_a_fallback_stays_and_is_found_again(client: AIService, service: Service, corner: Corner) -> None:
+def test_a_late_job_without_a_fallback_stays_and_is_found_again(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     job = job_in(corner, idempotency_key="call/17")
     with Handover(client, {"*": "remote"}, fallback=False, timeout_seconds=0.3) as work:
         with pytest.raises(TimeoutError):
@@ -604,7 +665,11 @@ def drips(handler: Any, seen: Any) -> None:
 
 @pytest.mark.parametrize("behaviour", [hangs(), says_a_little_and_hangs, drips, loses(), problem(503, "draining")])
 @pytest.mark.parametrize("fallback", [True, False])
-def test_the_deadline_of_a_remote_call_holds_whatever_the_service_does(fake: FakeService, behaviour: Behaviour, fallback: bool) -> None:
+def test_a_remote_call_ends_at_its_deadline_whatever_the_service_does(
+    fake: FakeService,
+    behaviour: Behaviour,
+    fallback: bool,
+) -> None:
     fake.always("/jobs", behaviour)
     with AIService(fake.url, retry_seconds=3600) as service, Handover(service, {"*": "remote"}, fallback=fallback) as work:
         began = monotonic()
@@ -617,7 +682,7 @@ def test_the_deadline_of_a_remote_call_holds_whatever_the_service_does(fake: Fak
         work.close(0)
 
 
-def test_a_service_that_is_away_is_given_up_as_the_client_says() -> None:
+def test_an_unreachable_service_is_given_up_after_retry_seconds() -> None:
     with AIService("http://127.0.0.1:1", retry_seconds=0) as service, Handover(service, {"*": "remote"}, timeout_seconds=60) as work:
         began = monotonic()
         assert work.run(some_job(), lambda: "local") == "local"
@@ -627,17 +692,25 @@ def test_a_service_that_is_away_is_given_up_as_the_client_says() -> None:
     assert (work.stats().fell_back, work.stats().failed) == ({"ServiceUnavailable": 1}, {"ServiceUnavailable": 1})
 
 
-def test_a_job_created_after_its_deadline_is_cancelled_too(between: FakeService, client: AIService, corner: Corner) -> None:
+def test_a_job_created_after_its_deadline_is_cancelled_too(
+    proxy: FakeService,
+    client: AIService,
+    corner: Corner,
+) -> None:
     gate = threading.Event()
-    between.behave("/jobs", after(gate, forwards()))
-    with AIService(between.url) as service, Handover(service, {"*": "remote"}) as work:
+    proxy.behave("/jobs", after(gate, forwards()))
+    with AIService(proxy.url) as service, Handover(service, {"*": "remote"}) as work:
         assert work.run(job_in(corner), lambda: "local", timeout_seconds=0.3) == "local"
         gate.set()
         [job] = wait_until(lambda: jobs_of(client, corner), what="the job")
         wait_until(lambda: client.get_job(job.id).status == "cancelled", what="the cancellation")
 
 
-def test_a_switch_does_not_disturb_a_remote_call_under_way(client: AIService, service: Service, corner: Corner) -> None:
+def test_a_mode_change_does_not_affect_a_running_remote_call(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     results: list[Any] = []
     with Handover(client, {"*": "remote"}) as work:
         call = threading.Thread(target=lambda: results.append(work.run(job_in(corner), never_here)))
@@ -655,7 +728,7 @@ def test_a_switch_does_not_disturb_a_remote_call_under_way(client: AIService, se
     assert (work.stats().remote, work.stats().off, work.stats().mirrored) == (2, 1, 1)
 
 
-def test_closing_ends_a_remote_call_which_falls_back(fake: FakeService) -> None:
+def test_close_ends_a_remote_call_which_falls_back(fake: FakeService) -> None:
     fake.always("/jobs", hangs())
     results: list[str] = []
     with AIService(fake.url, retry_seconds=60) as service:
@@ -672,7 +745,10 @@ class Interrupted(Exception):
     """As a time limit of the caller's own raises it, from a signal handler."""
 
 
-def test_an_interrupted_remote_call_is_no_reason_to_run_locally_and_cancels_its_job(client: AIService, corner: Corner) -> None:
+def test_an_interrupted_remote_call_cancels_its_job_and_does_not_run_locally(
+    client: AIService,
+    corner: Corner,
+) -> None:
     def interrupt() -> None:
         wait_until(lambda: jobs_of(client, corner), what="the job")
         os.kill(os.getpid(), signal.SIGALRM)
@@ -690,7 +766,11 @@ def test_an_interrupted_remote_call_is_no_reason_to_run_locally_and_cancels_its_
     assert [job.status for job in jobs_of(client, corner)] == ["cancelled"]
 
 
-def test_a_switched_task_type_does_not_meet_its_mirrored_jobs(client: AIService, service: Service, corner: Corner) -> None:
+def test_a_remote_call_does_not_find_the_mirrored_job_of_its_key(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
     job = job_in(corner, idempotency_key="call/17")
     with Handover(client, {"*": "mirror"}) as work:
         work.run(job, lambda: None)
@@ -702,7 +782,7 @@ def test_a_switched_task_type_does_not_meet_its_mirrored_jobs(client: AIService,
             assert work.run(job, never_here) == {"echo": {"text": "hello"}}
 
 
-def test_another_client_has_the_same_settings_and_its_own_connections(fake: FakeService) -> None:
+def test_a_clone_has_the_same_settings_and_its_own_connections(fake: FakeService) -> None:
     fake.always("/cancel", problem(401, "unauthorized"))
     with AIService(fake.url, "very-secret", retry_seconds=0) as first:
         second = first.clone()
@@ -763,9 +843,14 @@ def python(arguments: list[str], **environ: str) -> str:
     return done.stdout
 
 
-def test_processes_forked_from_one_that_mirrors_have_threads_of_their_own(client: AIService, service: Service, corner: Corner) -> None:
-    told = python(["-c", PREFORK, corner.owner_service, corner.model_profile], AI_SERVICE_URL=url_of(service))
-    assert told == "[0, 0, 0] 2\n"
+def test_forked_processes_have_their_own_threads_and_counters(
+    client: AIService,
+    service: Service,
+    corner: Corner,
+) -> None:
+    place = [corner.owner_service, corner.model_profile]
+    output = python(["-c", PREFORK, *place], AI_SERVICE_URL=url_of(service))
+    assert output == "[0, 0, 0] 2\n"
     names = {job.owner_ref for job in jobs_of(client, corner)}
     assert names == {"parent", "parent-again", "child-0", "child-1", "child-2"}
 
@@ -775,8 +860,10 @@ def test_the_example_mirrors_compares_and_switches(service: Service, corner: Cor
         return {"content": "", "json": {"topic": "fault" if "tone" in job.input["prompt"] else "invoice"}}
 
     with worker(url_of(service), corner.model_profile, answer):
-        told = python([str(MAIN.parent / "examples/caller/handover.py")], AI_SERVICE_URL=url_of(service), LLM_MODEL=corner.model_profile)
-    mirrored, compared, remote, off, counters = re.split("modes: |comparisons:|counters:", told)[1:]
+        example = str(MAIN.parent / "examples/caller/handover.py")
+        output = python([example], AI_SERVICE_URL=url_of(service), LLM_MODEL=corner.model_profile)
+    _, *parts = re.split("modes: |comparisons:|counters:", output)
+    mirrored, compared, remote, off, counters = parts
     assert mirrored.startswith("{'call_analysis': 'mirror'}\n  beeline/1: Analysis(topic='invoice')\n  beeline/2: Analysis(topic='other')")
     assert "beeline/1: agree, local Analysis(topic='invoice'), remote Analysis(topic='invoice')" in compared
     assert "beeline/2: differ, local Analysis(topic='other'), remote Analysis(topic='fault')" in compared
