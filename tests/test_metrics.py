@@ -1,4 +1,7 @@
-"""What Prometheus is told, on a service whose every job is known; and the rules that come with it."""
+"""The metrics for Prometheus, and the alert rules that come with them.
+
+The tests share a service: each looks at its own profile, or at what its calls added to a total.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from postgres import connect
+from postgres import connect, fresh_schema
 from prometheus_client.parser import text_string_to_metric_families
 from service import Corner, Service, running_service, wait_until
 
@@ -20,6 +23,13 @@ from providers.conformance import closed_port
 
 ROOT = Path(__file__).parent.parent
 RULES = ROOT / "examples" / "prometheus" / "alerts.yml"
+
+
+@pytest.fixture(scope="module")
+def metered(postgres_url: str) -> Iterator[Service]:
+    """A service whose metrics no other file changes."""
+    with fresh_schema(postgres_url) as schema, running_service(postgres_url, schema) as service:
+        yield service
 
 
 def figures(service: Service) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -42,6 +52,11 @@ def figure(service: Service, name: str, **labels: str) -> float | None:
     return figures(service).get((f"ai_service_{name}", frozenset(labels.items())))
 
 
+def total(service: Service, name: str, **labels: str) -> float:
+    """The same; 0 where nothing was counted yet."""
+    return figure(service, name, **labels) or 0
+
+
 def promtool(*arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     program = shutil.which("promtool")
     if program is None:
@@ -62,13 +77,16 @@ def worked(corner: Corner) -> None:
     corner.done(jobs[4], "release")
 
 
-def test_jobs_are_counted_by_profile_outcome_and_category(start_service: Callable[..., Service]) -> None:
-    service = start_service()
-    corner = Corner(service.api)
+def test_jobs_are_counted_by_profile_outcome_and_category(metered: Service) -> None:
+    corner = Corner(metered.api)
     worked(corner)
     profile = corner.model_profile
-    wait_until(lambda: figure(service, "jobs_released_total", model_profile=profile) == 1, 10, "the ledger was folded")
-    found = figures(service)
+    wait_until(
+        lambda: figure(metered, "jobs_released_total", model_profile=profile) == 1,
+        10,
+        "the folding of the ledger",
+    )
+    found = figures(metered)
 
     def of(name: str, **labels: str) -> float | None:
         return found.get((f"ai_service_{name}", frozenset({"model_profile": profile, **labels}.items())))
@@ -87,58 +105,74 @@ def test_jobs_are_counted_by_profile_outcome_and_category(start_service: Callabl
     assert of("paused") == 0
 
 
-def test_every_move_is_counted_by_one_process(start_service: Callable[..., Service]) -> None:
-    services = [start_service(), start_service()]
-    corners = [Corner(service.api) for service in services]
-    for corner in corners:
-        corner.batch([{} for _ in range(20)])
-        for job in corner.claim(limit=20):
-            corner.done(job, "complete")
+def test_every_move_is_counted_by_one_process(metered: Service, postgres_url: str) -> None:
+    with running_service(postgres_url, metered.schema) as second:
+        services = [metered, second]
+        corners = [Corner(service.api) for service in services]
+        for corner in corners:
+            corner.batch([{} for _ in range(20)])
+            for job in corner.claim(limit=20):
+                corner.done(job, "complete")
 
-    def completed(corner: Corner) -> float:
-        labels = {"model_profile": corner.model_profile, "outcome": "completed", "category": ""}
-        return sum(figure(service, "jobs_finished_total", **labels) or 0 for service in services)
+        def completed(corner: Corner) -> float:
+            labels = {"model_profile": corner.model_profile, "outcome": "completed", "category": ""}
+            return sum(total(service, "jobs_finished_total", **labels) for service in services)
 
-    wait_until(lambda: [completed(corner) for corner in corners] == [20, 20], 15, "all completions were counted once")
+        wait_until(
+            lambda: [completed(corner) for corner in corners] == [20, 20],
+            15,
+            "one count of each completion",
+        )
 
 
-def test_a_lapsed_lease_and_a_lost_claim_are_counted(start_service: Callable[..., Service], postgres_url: str) -> None:
-    service = start_service()
-    corner = Corner(service.api)
+def test_a_lapsed_lease_and_a_lost_claim_are_counted(metered: Service, postgres_url: str) -> None:
+    corner = Corner(metered.api)
+    lapsed, lost = total(metered, "leases_lapsed_total"), total(metered, "problems_total", code="claim_lost")
     job = corner.take()
-    with closing(connect(postgres_url, service.schema)) as tables:
-        tables.run("update held set lease_expires_at = now() - interval '1 minute'")
-    wait_until(lambda: figure(service, "leases_lapsed_total") == 1, 15, "the lease lapsed")
+    with closing(connect(postgres_url, metered.schema)) as tables:
+        tables.run(
+            "update held set lease_expires_at = now() - interval '1 minute' where job_id = cast(:id as uuid)",
+            id=job["id"],
+        )
+    wait_until(lambda: total(metered, "leases_lapsed_total") == lapsed + 1, 15, "the count of the lease")
     corner.claim()
     assert corner.call(job, "heartbeat").code == "claim_lost"
     [refused] = corner.api.post("/api/v1/jobs/heartbeat", {"jobs": [{"id": job["id"], "claim_id": job["claim_id"]}]}).json["jobs"]
     assert refused["code"] == "claim_lost"
-    assert figure(service, "problems_total", code="claim_lost") == 2
+    assert total(metered, "problems_total", code="claim_lost") == lost + 2
 
 
-def test_requests_are_counted_by_route_and_not_by_path(start_service: Callable[..., Service]) -> None:
-    service = start_service()
+def routes_of(service: Service) -> set[str]:
+    """The routes by which requests are counted."""
+    return {dict(labels)["route"] for name, labels in figures(service) if name == "ai_service_http_requests_total"}
+
+
+def test_requests_are_counted_by_route_and_not_by_path(metered: Service) -> None:
+    counters = [
+        ("http_requests_total", {"method": "GET", "route": "/api/v1/jobs/{job_id}", "status": "404"}),
+        ("http_requests_total", {"method": "GET", "route": "", "status": "404"}),
+        ("problems_total", {"code": "job_not_found"}),
+    ]
+    routes, before = routes_of(metered), [total(metered, name, **labels) for name, labels in counters]
     for number in range(3):
-        service.api.get(f"/api/v1/jobs/{number}")
-        service.api.get(f"/nowhere/{number}")
-    service.api.request("BREW", "/api/v1/jobs")
-    found = figures(service)
-    routes = {labels["route"] for name, pairs in found if name == "ai_service_http_requests_total" for labels in [dict(pairs)]}
-    assert routes <= {"/api/v1/jobs/{job_id}", "", "/api/v1/jobs", "/metrics"}
-    assert figure(service, "http_requests_total", method="GET", route="/api/v1/jobs/{job_id}", status="404") == 3
-    assert figure(service, "http_requests_total", method="GET", route="", status="404") == 3
-    assert figure(service, "problems_total", code="job_not_found") == 3
+        metered.api.get(f"/api/v1/jobs/{number}")
+        metered.api.get(f"/nowhere/{number}")
+    metered.api.request("BREW", "/api/v1/jobs")
+    assert routes_of(metered) - routes <= {"/api/v1/jobs/{job_id}", "", "/api/v1/jobs", "/metrics"}
+    assert [total(metered, name, **labels) for name, labels in counters] == [count + 3 for count in before]
 
 
-def test_workers_and_what_they_report_of_their_providers(start_service: Callable[..., Service]) -> None:
-    service = start_service()
-    corner = Corner(service.api)
-    report = {"capacity": 4, "running": 1, "providers": [{"name": "vllm", "status": "ok", "circuit": "open"}]}
-    corner.claim(worker=report)
-    found = figures(service)
-    assert found["ai_service_workers", frozenset()] == 1
-    assert found["ai_service_workers_capacity", frozenset()] == 4
-    assert figure(service, "worker_providers", provider="vllm", status="ok", circuit="open") == 1
+def test_workers_and_what_they_report_of_their_providers(metered: Service) -> None:
+    before = [total(metered, name) for name in ("workers", "workers_capacity")]
+    report = {
+        "capacity": 4,
+        "running": 1,
+        "providers": [{"name": "vllm", "status": "ok", "circuit": "open"}],
+    }
+    Corner(metered.api).claim(worker=report)
+    after = [total(metered, name) for name in ("workers", "workers_capacity")]
+    assert after == [before[0] + 1, before[1] + 4]
+    assert figure(metered, "worker_providers", provider="vllm", status="ok", circuit="open") == 1
 
 
 def test_without_the_database_the_process_still_tells_of_itself() -> None:
@@ -169,38 +203,41 @@ def test_a_duration_is_counted_below_the_border_that_it_is_below() -> None:
     assert border(BORDERS - 1) > 4 * 3600
 
 
-def test_promtool_finds_nothing_to_mend(start_service: Callable[..., Service]) -> None:
-    service = start_service()
-    corner = Corner(service.api)
+def test_promtool_finds_nothing_wrong_with_the_metrics(metered: Service) -> None:
+    corner = Corner(metered.api)
     worked(corner)
-    wait_until(lambda: figure(service, "jobs_released_total", model_profile=corner.model_profile) == 1, 10, "the ledger was folded")
-    checked = promtool("check", "metrics", given=service.api.get("/metrics").body)
+    wait_until(
+        lambda: figure(metered, "jobs_released_total", model_profile=corner.model_profile) == 1,
+        10,
+        "the folding of the ledger",
+    )
+    checked = promtool("check", "metrics", given=metered.api.get("/metrics").body)
     # process_cpu_seconds_total and the like are prometheus-client's own.
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
-def test_the_alert_rules_hold_and_name_existing_figures(start_service: Callable[..., Service]) -> None:
+def test_the_alert_rules_hold_and_name_existing_metrics(metered: Service) -> None:
     checked = promtool("check", "rules", str(RULES))
     assert checked.returncode == 0, checked.stdout + checked.stderr
     named = set(re.findall(r"\bai_service_\w+", RULES.read_text()))
-    text = start_service().api.get("/metrics").body.decode()
+    text = metered.api.get("/metrics").body.decode()
     declared = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     assert named
     assert {re.sub("_(bucket|count|sum)$", "", name) for name in named} <= declared
 
 
-def test_a_report_that_python_cannot_read_spoils_no_scrape(start_service: Callable[..., Service]) -> None:
-    service = start_service()
+def test_a_report_that_python_cannot_read_spoils_no_scrape(metered: Service) -> None:
+    before = [total(metered, name) for name in ("workers", "workers_capacity")]
     for number, report in enumerate((b'{"capacity": 4, "more": 1e999}', b'{"capacity": 3}')):
-        answer = service.api.post("/api/v1/jobs/claim", body=b'{"worker_id": "worker-%d", "worker": %b}' % (number, report))
+        body = b'{"worker_id": "unreadable-%d", "worker": %b}' % (number, report)
+        answer = metered.api.post("/api/v1/jobs/claim", body=body)
         assert answer.status == 200, answer
-    service.api.get("/api/v1/workers")
-    found = figures(service)
-    assert found["ai_service_workers", frozenset()] == 2
-    assert found["ai_service_workers_capacity", frozenset()] == 3
+    metered.api.get("/api/v1/workers")
+    after = [total(metered, name) for name in ("workers", "workers_capacity")]
+    assert after == [before[0] + 2, before[1] + 3]
 
 
-def test_what_the_server_refuses_itself_is_counted(start_service: Callable[..., Service]) -> None:
-    service = start_service()
-    service.api.raw(b"rubbish\r\n\r\n")
-    assert figure(service, "problems_total", code="malformed_request") == 1
+def test_what_the_server_refuses_itself_is_counted(metered: Service) -> None:
+    before = total(metered, "problems_total", code="malformed_request")
+    metered.api.raw(b"rubbish\r\n\r\n")
+    assert total(metered, "problems_total", code="malformed_request") == before + 1
