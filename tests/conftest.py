@@ -111,7 +111,7 @@ def sql(service: Service, postgres_url: str) -> Iterator[Sql]:
     connection.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def another_service(service: Service, postgres_url: str, reached: dict[str, str]) -> Iterator[Service]:
     """A second service process on the schema of the shared one."""
     with running_service(postgres_url, service.schema, **reached) as started:

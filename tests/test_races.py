@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Barrier
+from threading import Barrier, Event
 from time import monotonic
 from typing import Any
 
 import pytest
 from postgres import Sql, connect
-from service import Answer, Api, Corner, Service, running_service, wait_until
+from service import Answer, Corner, Service, wait_until
 
 ROUNDS = 40
 
 
-@pytest.fixture(scope="module")
-def processes(service: Service, postgres_url: str) -> Iterator[tuple[Api, Api]]:
-    """The HTTP interfaces of two service processes on one schema."""
-    with running_service(postgres_url, service.schema) as second:
-        yield service.api, second.api
-
-
 @pytest.fixture
-def pair(processes: tuple[Api, Api]) -> tuple[Corner, Corner]:
-    """One corner of the queue, seen through either process."""
-    first = Corner(processes[0])
-    return first, first.through(processes[1])
+def pair(corner: Corner, another_service: Service) -> tuple[Corner, Corner]:
+    """One corner of the queue, seen through either of two processes on one schema."""
+    return corner, corner.through(another_service.api)
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
@@ -109,11 +101,12 @@ def test_a_job_whose_readiness_is_committed_late_is_not_passed_over(corner: Corn
     moved = f"with due as (delete from waiting where job_id = cast(:id as uuid) returning {columns})"
     connection.run("begin")
     connection.run(f"{moved} insert into ready ({columns}, run_at) select {columns}, now() from due", id=late["id"])
-    claimed = 0
+    claimed, pause = 0, Event()
     deadline = monotonic() + 3
     while monotonic() < deadline:  # Long enough for the service to take for granted that nothing older is left.
         corner.create()
         claimed += len(corner.claim(limit=2))
+        pause.wait(0.02)
     connection.run("commit")
     connection.close()
     assert claimed > 10
