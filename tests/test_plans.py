@@ -14,7 +14,7 @@ from postgres import connect, fresh_schema
 from ai_internal.server.database import Database, migrate
 from ai_internal.server.database_url import read_database_url
 
-PENDING, LANES = 30_000, 60
+PENDING, LANES = 12_000, 60
 BIG = ("ready", "job", "held", "ended", "waiting")
 CLAIM = (
     """select n from claim_jobs_v1(:profiles::text[], null, :owners::text[], '{}', '{}', array[:claim_id::uuid], '{w}', '{900}', '{10}')"""
