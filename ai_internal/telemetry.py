@@ -18,7 +18,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
@@ -240,3 +240,8 @@ def span_id(traceparent: str | None) -> str | None:
     """The id of the span, for the log."""
     parent = read_traceparent(traceparent)
     return parent and parent[36:52]
+
+
+def about_span(traceparent: str | None) -> AbstractContextManager[None]:
+    """Within it every event has the ids of an attempt's trace and span, where it is part of one."""
+    return about(trace_id=trace_id(traceparent), span_id=span_id(traceparent))

@@ -30,19 +30,8 @@ from postgres import Sql
 from service import INHERITED, MAIN, Corner, Service, wait_until
 
 from ai_client import AIService, ClaimedJob, RawJSON, object_text
-from ai_internal.worker.worker import (
-    MAX_UNDELIVERED,
-    OVERDUE_SECONDS,
-    STUCK_SECONDS,
-    Delivery,
-    Outcome,
-    Running,
-    Settings,
-    Spool,
-    SpoolFull,
-    Watch,
-    Worker,
-)
+from ai_internal.worker.spool import MAX_UNDELIVERED, Delivery, Outcome, Spool, SpoolFull, Watch
+from ai_internal.worker.worker import OVERDUE_SECONDS, STUCK_SECONDS, Running, Settings, Worker
 from providers import GROUP, Health, Job, Listed, Never, NotNow, Result, SettingsError, Unsupported
 
 # ---------------------------------------------------------------- a worker in a thread
