@@ -49,7 +49,7 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from providers import CANCELLED, INVALID_INPUT, Job, Never, NotNow, setting
-from providers.exchange import Exchange, retry_after
+from providers.exchange import Exchange, request_headers, retry_after, seconds_to, time_limit, was_cancelled
 from providers.settings import duration, whole
 
 MAX_CHUNKS = 10_000
@@ -252,15 +252,13 @@ def _opened_below(root: Path, path: str) -> int:
 
 # ---------------------------------------------------------------- fetching
 
-_HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "ai-service"}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _LATER = frozenset({408, 425, 429})
 
 
 def _fetched(text: str, settings: AudioSettings, job: Job) -> Generator[bytes, None, None]:
     """What this URL leads to. Raises `Never` for what it must not lead to or will never have, else `NotNow`."""
-    left = job.seconds_left()
-    until = time.monotonic() + min(settings.audio_url_seconds, math.inf if left is None else left)
+    until = time_limit(job, settings.audio_url_seconds)
     url = _web_url(text)
     try:
         for _ in range(MAX_REDIRECTS + 1):
@@ -280,10 +278,11 @@ def _fetched(text: str, settings: AudioSettings, job: Job) -> Generator[bytes, N
 
 @contextlib.contextmanager
 def _asked(url: Url, addresses: list[str], until: float, job: Job) -> Iterator[tuple[Exchange, urllib3.HTTPResponse]]:
-    left = max(0.001, until - time.monotonic())
     origin = url._replace(path=None, query=None, fragment=None)
-    with Exchange(origin, limit_seconds=left, idle_seconds=IDLE_SECONDS, cancelled=job.cancelled, addresses=addresses) as exchange:
-        yield exchange, exchange.send("GET", url.request_uri, _HEADERS)
+    with Exchange(
+        origin, limit_seconds=seconds_to(until), idle_seconds=IDLE_SECONDS, cancelled=job.cancelled, addresses=addresses
+    ) as exchange:
+        yield exchange, exchange.send("GET", url.request_uri, request_headers("*/*", None))
 
 
 def _joined(url: Url, location: str) -> str:
@@ -379,7 +378,7 @@ def _looked_up(host: str, until: float, cancelled: threading.Event) -> list[Addr
             return list(dict.fromkeys(_address(item[4][0]) for item in answer))
         if time.monotonic() >= until:
             raise NotNow(AUDIO_UNAVAILABLE, f"the address of {host} was not found in time")
-    raise NotNow(CANCELLED, "the job was cancelled while it ran", burns_attempt=False)
+    raise was_cancelled()
 
 
 def _address(text: str) -> Address:

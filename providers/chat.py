@@ -27,11 +27,8 @@ raw control characters, no half surrogates) `invalid_output`.
 Sections: request, exchange, refusals, answer, result.
 """
 
-import http.client
 import json
 import math
-import re
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
@@ -43,14 +40,9 @@ import urllib3
 from urllib3.util import Url
 
 from providers import (
-    CONTEXT_LENGTH_EXCEEDED,
-    INTERNAL,
     INVALID_INPUT,
     INVALID_OUTPUT,
-    RATE_LIMITED,
-    TIMEOUT,
     TRUNCATED,
-    UNAUTHORIZED,
     UNAVAILABLE,
     Health,
     Job,
@@ -58,16 +50,14 @@ from providers import (
     NotCompleted,
     NotNow,
 )
-from providers.exchange import MAX_ERROR_BYTES, Exchange, retry_after, said
+from providers.exchange import CHECK_SECONDS, Exchange, Refusal, counts_in, raw_usage, refusal_of, request_headers, request_id, said
 
-CHECK_SECONDS = 2.5
-"""Limit of a check, below the 3 s of the contract."""
 MAX_JSON_DEPTH = 400
 """The service takes 500 levels, and the parsed text stands some levels down in what the worker sends."""
-MAX_RAW_BYTES = 3_000
-"""Usage may have 4,096 bytes, with our own members and the worker's."""
 STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 """What is asked of a server beside the job's request."""
+
+ACCEPT = "text/event-stream, application/json"
 
 T = TypeVar("T")
 
@@ -145,7 +135,10 @@ def receive(server: Server, job: Job, body: Mapping[str, Any], answer: "Answer")
     """Fill the answer from the stream until its end. Raises what the failure means; the answer then holds what had come."""
     limit_seconds, text = job.seconds_allowed(server.timeout_seconds), _encoded(body)
     with Exchange(server.url, limit_seconds=limit_seconds, cancelled=job.cancelled) as exchange:
-        response = exchange.send("POST", "/chat/completions", _headers(server, job), text)
+        headers = request_headers(ACCEPT, server.authorization, job)
+        # vLLM names the request after its id, and two of one name at the same time would collide.
+        headers |= {"Content-Type": "application/json", "X-Request-Id": request_id(job)}
+        response = exchange.send("POST", "/chat/completions", headers, text)
         _refuse_bad_status(response, server)
         for event in _events(response, exchange.blocks(response)):
             answer.add(_chunk(event, server, answer))
@@ -163,18 +156,6 @@ def _encoded(body: Mapping[str, Any]) -> bytes:
     except ValueError:
         # 1e999 is JSON that Python reads as infinity.
         raise Never(INVALID_INPUT, "input holds a number that is too large") from None
-
-
-def _headers(server: Server, job: Job | None = None) -> dict[str, str]:
-    headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity", "User-Agent": "ai-service"}
-    if server.authorization:
-        headers["Authorization"] = server.authorization
-    if job:
-        # vLLM names the request after this, and two of one name at the same time would collide: an attempt given back has its number again.
-        headers |= {"Content-Type": "application/json", "X-Request-Id": f"{job.id}-{job.attempt}-{secrets.token_hex(4)}"}
-    if job and job.traceparent and re.fullmatch(r"[0-9a-f-]{1,200}", job.traceparent):
-        headers["traceparent"] = job.traceparent
-    return headers
 
 
 def _events(response: urllib3.HTTPResponse, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -199,7 +180,7 @@ def _events(response: urllib3.HTTPResponse, blocks: Iterator[bytes]) -> Iterator
 def look(server: Server, path: str, kind: type[T], *, limit_seconds: float, fine: tuple[int, ...] = (HTTPStatus.OK,)) -> T:
     """What a GET answers, as this type. Raises what the refusal means when the status is none of these."""
     with Exchange(server.url, limit_seconds=limit_seconds) as exchange:
-        response = exchange.send("GET", path, _headers(server))
+        response = exchange.send("GET", path, request_headers(ACCEPT, server.authorization))
         _refuse_bad_status(response, server, fine)
         text = b"".join(exchange.blocks(response))
     try:
@@ -243,37 +224,10 @@ def _missing(wanted: Iterable[str], models: tuple[str, ...]) -> str | None:
 # ---------------------------------------------------------------- refusals
 
 
-@attrs.frozen(kw_only=True)
-class Refusal:
-    """What a server says instead of an answer, or in the middle of one."""
-
-    status: int | None
-    """Of HTTP; in a stream the `code` of the error, None if it has none."""
-    kind: str | None
-    """The error's `type`."""
-    text: str
-    """What it says, cleaned and in short."""
-    retry_in_seconds: float | None = None
-    in_stream: bool = False
-    """Whether it came in a stream of status 200."""
-    begun: bool = False
-    """Whether some of the answer had come before it."""
-
-    @property
-    def message(self) -> str:
-        """It as a sentence."""
-        if self.status is None:
-            return f"the server gave up: {self.text or 'no reason given'}"
-        return f"the server answered {self.status}: {self.text or http.client.responses.get(self.status, 'no reason given')}"
-
-
 def _refuse_bad_status(response: urllib3.HTTPResponse, server: Server, fine: tuple[int, ...] = (HTTPStatus.OK,)) -> None:
-    if response.status in fine:
-        return
-    body = response.read(MAX_ERROR_BYTES)
-    kind, _ = _kind_and_code(body)
-    text = said(body, response.headers.get("content-type", ""), server.secrets)
-    raise server.outcome(Refusal(status=response.status, kind=kind, text=text, retry_in_seconds=retry_after(response)))
+    if response.status not in fine:
+        refusal = refusal_of(response, server.secrets)
+        raise server.outcome(attrs.evolve(refusal, kind=_kind_and_code(refusal.body)[0]))
 
 
 def _kind_and_code(body: bytes) -> tuple[str | None, int | None]:
@@ -285,39 +239,6 @@ def _kind_and_code(body: bytes) -> tuple[str | None, int | None]:
     facts = error if isinstance(error, dict) else {}
     kind, code = facts.get("type"), facts.get("code")
     return kind if isinstance(kind, str) else None, code if type(code) is int and code >= 400 else None
-
-
-_BY_STATUS = {
-    401: (UNAUTHORIZED, False),
-    402: (UNAVAILABLE, False),
-    403: (UNAUTHORIZED, False),
-    404: (UNAVAILABLE, False),
-    405: (UNAVAILABLE, False),
-    408: (TIMEOUT, True),
-    409: (UNAVAILABLE, True),
-    425: (UNAVAILABLE, False),
-    429: (RATE_LIMITED, False),
-    502: (UNAVAILABLE, True),
-    503: (UNAVAILABLE, False),
-    504: (TIMEOUT, True),
-}
-"""Status: category, and whether it burns an attempt. Missing are 3xx (settings), other 4xx (the input's fault) and 5xx (internal)."""
-
-
-def by_status(refusal: Refusal, look_at: Mapping[int, str]) -> NotNow | Never:
-    """What a refusal means by its status alone, which says nothing in a stream without one: internal.
-
-    `look_at` names the settings to look at for a status, or for all that begin with a digit. In a stream, work has been done: an attempt
-    is burnt.
-    """
-    status = refusal.status or 500
-    setting = look_at.get(status) or look_at.get(status // 100)
-    message = f"{refusal.message} (look at {setting})" if setting else refusal.message
-    if 400 <= status < 500 and status not in _BY_STATUS:
-        too_long = re.search(r"maximum context length|max_model_len|context_length_exceeded", refusal.text)
-        return Never(CONTEXT_LENGTH_EXCEEDED if too_long else INVALID_INPUT, message)
-    category, burns = _BY_STATUS.get(status, (INTERNAL, True) if status >= 500 else (UNAVAILABLE, False))
-    return NotNow(category, message, retry_in_seconds=refusal.retry_in_seconds, burns_attempt=burns or refusal.in_stream)
 
 
 # ---------------------------------------------------------------- answer
@@ -375,12 +296,6 @@ def _chunk(event: bytes, server: Server, answer: "Answer") -> _Chunk:
         begun = bool(answer.characters or answer.tool_calls)
         raise server.outcome(Refusal(status=code, kind=kind, text=text, in_stream=True, begun=begun))
     return chunk
-
-
-COUNTS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
-"""The token counts of usage: our name, and the other one servers use."""
-MAX_COUNT = 10**15
-"""The service takes no larger one, and refuses a result with it."""
 
 
 @attrs.define
@@ -442,17 +357,11 @@ class Answer:
         if self.model is None and self.begun is None:
             return None
         usage: dict[str, Any] = {"model": self.model[:200]} if self.model else {}
-        usage |= {ours: count for ours, theirs in COUNTS.items() if (count := self._count(ours, theirs)) is not None}
+        usage |= counts_in(self.counted)
         usage["running_seconds"] = round(time.monotonic() - self.started, 3)
         if self.begun is not None:
             usage["time_to_first_token_seconds"] = round(self.begun - self.started, 3)
-        if self.counted and len(json.dumps(self.counted)) <= MAX_RAW_BYTES:
-            usage["raw"] = self.counted
-        return usage
-
-    def _count(self, *names: str) -> int | None:
-        counts = (self.counted.get(name) for name in names)
-        return next((count for count in counts if type(count) is int and 0 <= count <= MAX_COUNT), None)
+        return usage | raw_usage(self.counted)
 
 
 # ---------------------------------------------------------------- result

@@ -4,6 +4,8 @@ A blocked read can look at neither a clock nor an event, and a peer that trickle
 connection of its own and a watcher, which shuts the socket down at the limit or on cancellation: that wakes the reader at once, and the
 server sees its client go. A connection of its own also means that no idle one goes stale (vLLM closes them after 5 s). Redirects are not
 followed and proxy variables are not read.
+
+Sections: the exchange, requests, refusals, usage.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import http.client
 import json
 import math
 import re
+import secrets
 import socket
 import ssl
 import threading
@@ -21,11 +24,26 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
+import attrs
 import urllib3.connection
 import urllib3.exceptions
 from urllib3.util import Url
 
-from providers import CANCELLED, INVALID_OUTPUT, TIMEOUT, UNAVAILABLE, NotNow, redact
+from providers import (
+    CANCELLED,
+    CONTEXT_LENGTH_EXCEEDED,
+    INTERNAL,
+    INVALID_INPUT,
+    INVALID_OUTPUT,
+    RATE_LIMITED,
+    TIMEOUT,
+    UNAUTHORIZED,
+    UNAVAILABLE,
+    Job,
+    Never,
+    NotNow,
+    redact,
+)
 
 CONNECT_SECONDS = 5.0
 """Limit for reaching a server, its address's lookup not counted."""
@@ -35,6 +53,8 @@ MESSAGE_CHARACTERS = 500
 """How much of a server's error text is kept."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Where an answer without end is given up; a result may have 32 MiB."""
+CHECK_SECONDS = 2.5
+"""Limit of a check, below the 3 s of the contract."""
 MAX_ERROR_BYTES = 65_536
 """How much of an error's body is read."""
 
@@ -118,8 +138,8 @@ class Exchange:
         until = min(self._until, time.monotonic() + CONNECT_SECONDS)
         for address in self._addresses[:MAX_ADDRESSES] or (None,):
             if self._cancelled.is_set():
-                raise NotNow(CANCELLED, "the job was cancelled before it ran", burns_attempt=False)
-            self._connection = _connection(self._url, max(0.001, until - time.monotonic()), address)
+                raise was_cancelled("before it ran")
+            self._connection = _connection(self._url, seconds_to(until), address)
             try:
                 return self._connection.connect()
             except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
@@ -146,7 +166,7 @@ class Exchange:
             if time.monotonic() >= self._until:
                 self._cut_off(NotNow(TIMEOUT, f"no complete answer within {self._limit_seconds:.3g} s"))
                 return
-        self._cut_off(NotNow(CANCELLED, "the job was cancelled while it ran", burns_attempt=False))
+        self._cut_off(was_cancelled())
 
     def _cut_off(self, why: NotNow) -> None:
         self._cut = why
@@ -191,7 +211,106 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__)[:MESSAGE_CHARACTERS]
 
 
-# ---------------------------------------------------------------- what a refusal says
+# ---------------------------------------------------------------- requests
+
+
+def request_headers(accept: str, authorization: str | None, job: Job | None = None) -> dict[str, str]:
+    """The headers of every request to a model service: its credentials, and the trace of the attempt."""
+    headers = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": "ai-service"}
+    if authorization:
+        headers["Authorization"] = authorization
+    if job and job.traceparent and re.fullmatch(r"[0-9a-f-]{1,200}", job.traceparent):
+        headers["traceparent"] = job.traceparent
+    return headers
+
+
+def request_id(job: Job) -> str:
+    """An id for one request. Unique, because an attempt that was released has the same number again."""
+    return f"{job.id}-{job.attempt}-{secrets.token_hex(4)}"
+
+
+def time_limit(job: Job, seconds: float) -> float:
+    """When these seconds are over or the job's deadline comes, on `time.monotonic()`'s clock."""
+    return min(time.monotonic() + seconds, math.inf if job.deadline is None else job.deadline)
+
+
+def seconds_to(moment: float) -> float:
+    """The seconds until then, never 0: a timeout of 0 would mean not to block."""
+    return max(0.001, moment - time.monotonic())
+
+
+def was_cancelled(when: str = "while it ran") -> NotNow:
+    """The outcome of a cancelled job. Its attempt is not counted."""
+    return NotNow(CANCELLED, f"the job was cancelled {when}", burns_attempt=False)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@attrs.frozen(kw_only=True)
+class Refusal:
+    """What a server says instead of an answer, or in the middle of one."""
+
+    status: int | None
+    """Of HTTP; in a stream the `code` of the error, None if it has none."""
+    text: str
+    """What it says, cleaned and in short."""
+    kind: str | None = None
+    """The error's `type`."""
+    body: bytes = attrs.field(default=b"", repr=False)
+    """All that it says, up to MAX_ERROR_BYTES, as it came."""
+    retry_in_seconds: float | None = None
+    in_stream: bool = False
+    """Whether it came in a stream of status 200."""
+    begun: bool = False
+    """Whether some of the answer had come before it."""
+
+    @property
+    def message(self) -> str:
+        """It as a sentence."""
+        if self.status is None:
+            return f"the server gave up: {self.text or 'no reason given'}"
+        return f"the server answered {self.status}: {self.text or http.client.responses.get(self.status, 'no reason given')}"
+
+
+def refusal_of(response: urllib3.HTTPResponse, secrets: tuple[str, ...]) -> Refusal:
+    """Read the refusal in a response whose status is one."""
+    body = response.read(MAX_ERROR_BYTES)
+    text = said(body, response.headers.get("content-type", ""), secrets)
+    return Refusal(status=response.status, text=text, body=body, retry_in_seconds=retry_after(response))
+
+
+_BY_STATUS = {
+    401: (UNAUTHORIZED, False),
+    402: (UNAVAILABLE, False),
+    403: (UNAUTHORIZED, False),
+    404: (UNAVAILABLE, False),
+    405: (UNAVAILABLE, False),
+    408: (TIMEOUT, True),
+    409: (UNAVAILABLE, True),
+    425: (UNAVAILABLE, False),
+    429: (RATE_LIMITED, False),
+    502: (UNAVAILABLE, True),
+    503: (UNAVAILABLE, False),
+    504: (TIMEOUT, True),
+}
+"""Status: category, and whether it burns an attempt. Missing are 3xx (settings), other 4xx (the input's fault) and 5xx (internal)."""
+
+
+def by_status(refusal: Refusal, look_at: Mapping[int, str]) -> NotNow | Never:
+    """What a refusal means by its status alone, which says nothing in a stream without one: internal.
+
+    `look_at` names the settings to look at for a status, or for all that begin with a digit. In a stream, work has been done: an attempt
+    is burnt.
+    """
+    status = refusal.status or 500
+    setting = look_at.get(status) or look_at.get(status // 100)
+    message = f"{refusal.message} (look at {setting})" if setting else refusal.message
+    if 400 <= status < 500 and status not in _BY_STATUS:
+        too_long = re.search(r"maximum context length|max_model_len|context_length_exceeded", refusal.text)
+        return Never(CONTEXT_LENGTH_EXCEEDED if too_long else INVALID_INPUT, message)
+    category, burns = _BY_STATUS.get(status, (INTERNAL, True) if status >= 500 else (UNAVAILABLE, False))
+    return NotNow(category, message, retry_in_seconds=refusal.retry_in_seconds, burns_attempt=burns or refusal.in_stream)
 
 
 def retry_after(response: urllib3.HTTPResponse) -> float | None:
@@ -229,3 +348,28 @@ def message_in(answer: Any) -> str:
     if not isinstance(answer, dict):
         return ""
     return next(filter(None, (message_in(answer.get(name)) for name in ("error", "detail", "message", "msg"))), "")
+
+
+# ---------------------------------------------------------------- usage
+
+COUNTS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
+"""The token counts of usage: our name, and the other one servers use."""
+MAX_COUNT = 10**15
+"""The service takes no larger one, and refuses a result with it."""
+MAX_RAW_BYTES = 3_000
+"""Usage may have 4,096 bytes, with our own members and the worker's."""
+
+
+def counts_in(counted: Mapping[str, Any]) -> dict[str, int]:
+    """The usable token counts in what a server counted, under our names; ours win over theirs."""
+    given = [(ours, counted.get(name)) for ours, theirs in COUNTS.items() for name in (theirs, ours)]
+    return {name: count for name, count in given if type(count) is int and 0 <= count <= MAX_COUNT}
+
+
+def raw_usage(counted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a server counted as the member `raw`; nothing where it is empty, too big to be stored, or no JSON."""
+    try:
+        fits = len(counted) > 0 and len(json.dumps(counted, allow_nan=False, ensure_ascii=False).encode()) <= MAX_RAW_BYTES
+    except ValueError:
+        return {}
+    return {"raw": counted} if fits else {}

@@ -59,22 +59,8 @@ from providers import (
     Result,
     Unsupported,
 )
-from providers.chat import (
-    CHECK_SECONDS,
-    COUNTS,
-    STREAMED,
-    Answer,
-    Refusal,
-    Server,
-    by_status,
-    health_of,
-    look,
-    other_model,
-    receive,
-    requested,
-    served_models,
-    value_of,
-)
+from providers.chat import STREAMED, Answer, Server, health_of, look, other_model, receive, requested, served_models, value_of
+from providers.exchange import CHECK_SECONDS, COUNTS, Refusal, by_status
 from providers.settings import (
     authorization,
     duration,

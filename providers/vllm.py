@@ -29,7 +29,8 @@ import attrs
 from urllib3.util import Url
 
 from providers import INVALID_INPUT, UNAVAILABLE, Health, Job, Never, NotCompleted, NotNow, Result
-from providers.chat import STREAMED, Answer, Refusal, Server, by_status, health_of, other_model, receive, requested, served_models, value_of
+from providers.chat import STREAMED, Answer, Server, health_of, other_model, receive, requested, served_models, value_of
+from providers.exchange import Refusal, by_status
 from providers.settings import (
     authorization,
     duration,

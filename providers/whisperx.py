@@ -62,7 +62,6 @@ import urllib3
 from urllib3.util import Url
 
 from providers import (
-    CANCELLED,
     INTERNAL,
     INVALID_INPUT,
     INVALID_OUTPUT,
@@ -79,8 +78,19 @@ from providers import (
     setting,
 )
 from providers.audio import SOURCES, Audio, AudioSettings, audio_of
-from providers.chat import CHECK_SECONDS, COUNTS, MAX_COUNT, MAX_RAW_BYTES, Refusal, by_status
-from providers.exchange import MAX_ERROR_BYTES, Exchange, retry_after, said
+from providers.exchange import (
+    CHECK_SECONDS,
+    Exchange,
+    by_status,
+    counts_in,
+    raw_usage,
+    refusal_of,
+    request_headers,
+    request_id,
+    seconds_to,
+    time_limit,
+    was_cancelled,
+)
 from providers.settings import authorization, duration, header_word, profile_name, secrets_in, web_address, whole
 
 BASE_SECONDS = 120.0
@@ -144,12 +154,7 @@ class WhisperXSettings(AudioSettings):
 
     def headers(self, job: Job | None = None) -> dict[str, str]:
         """What every request carries."""
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "ai-service"}
-        if allowed := authorization(self.key, self.url):
-            headers["Authorization"] = allowed
-        if job and job.traceparent and re.fullmatch(r"[0-9a-f-]{1,200}", job.traceparent):
-            headers["traceparent"] = job.traceparent
-        return headers
+        return request_headers("application/json", authorization(self.key, self.url), job)
 
 
 # ---------------------------------------------------------------- provider
@@ -208,12 +213,12 @@ class WhisperX:
 
     def _server(self, job: Job) -> "_Server":
         """What the server offers, as it said when it was asked. One thread asks, the others wait for that, each as long as it may."""
-        until = _end(job, self._settings.timeout_seconds)
+        until = time_limit(job, self._settings.timeout_seconds)
         while (known := self._known) is None:
             _refuse_when_over(job, until)
             if self._looking.acquire(timeout=0.05):
                 try:
-                    self._known = self._known or _described_by(self._settings, _left(until), job)
+                    self._known = self._known or _described_by(self._settings, seconds_to(until), job)
                 finally:
                     self._looking.release()
         return known
@@ -224,7 +229,7 @@ class WhisperX:
             return _asked(self._settings, server, attempt)
         except _NoSuchRoute:
             # Another server may have taken its place.
-            again = self._known = _described_by(self._settings, _left(attempt.until), attempt.job)
+            again = self._known = _described_by(self._settings, seconds_to(attempt.until), attempt.job)
             if again == server:
                 raise
             return _asked(self._settings, again, attempt)
@@ -311,18 +316,9 @@ def _limit_seconds(settings: WhisperXSettings, wish: _Wish, audio: Audio) -> flo
     return min(allowed, settings.timeout_seconds if told is None else MOST_SECONDS)
 
 
-def _end(job: Job, seconds: float) -> float:
-    """When these seconds are over, or the job's deadline comes."""
-    return min(time.monotonic() + seconds, math.inf if job.deadline is None else job.deadline)
-
-
-def _left(until: float) -> float:
-    return max(0.001, until - time.monotonic())
-
-
 def _refuse_when_over(job: Job, until: float, *, burns_attempt: bool = False) -> None:
     if job.cancelled.is_set():
-        raise NotNow(CANCELLED, "the job was cancelled while it ran", burns_attempt=False)
+        raise was_cancelled()
     if time.monotonic() >= until:
         raise NotNow(TIMEOUT, "there was no answer in time", burns_attempt=burns_attempt)
 
@@ -339,7 +335,7 @@ class _Attempt:
 
     @until.default
     def _until(self) -> float:
-        return _end(self.job, self.limit_seconds)
+        return time_limit(self.job, self.limit_seconds)
 
 
 # ---------------------------------------------------------------- what the server offers
@@ -511,9 +507,8 @@ def _sent(settings: WhisperXSettings, route: _Route, attempt: _Attempt, known_by
     form = [field for field in fields if not _goes_into_query(route, field[0])]
     about_body, body = _multipart(form, "audio_file" if route.dialect == "asr" else "file", attempt)
     # Where an id means nothing to the server it is for its log, and then two of one name at the same time would confuse.
-    request_id = known_by or f"{attempt.job.id}-{attempt.job.attempt}-{secrets.token_hex(4)}"
-    headers = settings.headers(attempt.job) | about_body | {"X-Request-ID": request_id}
-    with Exchange(settings.url, limit_seconds=_left(attempt.until), cancelled=attempt.job.cancelled) as exchange:
+    headers = settings.headers(attempt.job) | about_body | {"X-Request-ID": known_by or request_id(attempt.job)}
+    with Exchange(settings.url, limit_seconds=seconds_to(attempt.until), cancelled=attempt.job.cancelled) as exchange:
         response = exchange.send("POST", f"{route.path}?{query}".rstrip("?"), headers, body)
         if response.status != HTTPStatus.OK:
             raise _refused(response, attempt, settings)
@@ -567,7 +562,7 @@ def _kept(settings: WhisperXSettings, attempt: _Attempt) -> Mapping[str, Any] | 
     pause = 0.25
     while (state := _at({"state": _got(settings, attempt, f"{place}/status")}, "state")).get("status") in ("queued", "in_progress"):
         attempt.job.report_progress({"stage": "transcription", "server_stage": str(state.get("stage"))[:100]})
-        attempt.job.cancelled.wait(min(pause, _left(attempt.until)))
+        attempt.job.cancelled.wait(min(pause, seconds_to(attempt.until)))
         _refuse_when_over(attempt.job, attempt.until, burns_attempt=True)
         pause = min(5.0, pause * 1.5)
     if state.get("status") != "completed":
@@ -577,7 +572,7 @@ def _kept(settings: WhisperXSettings, attempt: _Attempt) -> Mapping[str, Any] | 
 
 def _got(settings: WhisperXSettings, attempt: _Attempt, path: str) -> Mapping[str, Any] | None:
     """The object at this path; None if there is none. Raises `NotNow` when the server does not take requests."""
-    with Exchange(settings.url, limit_seconds=_left(attempt.until), cancelled=attempt.job.cancelled) as exchange:
+    with Exchange(settings.url, limit_seconds=seconds_to(attempt.until), cancelled=attempt.job.cancelled) as exchange:
         response = exchange.send("GET", path, settings.headers())
         if response.status == HTTPStatus.OK:
             return _read(b"".join(exchange.blocks(response)), response.headers.get("content-type", ""), attempt)
@@ -724,19 +719,8 @@ def _usage(answer: Mapping[str, Any], audio: Audio) -> dict[str, Any] | None:
     seconds = _seconds(answer, audio)
     if seconds is None and counted.get("type") == "duration" and _is_number(counted.get("seconds")) and counted["seconds"] >= 0:
         seconds = counted["seconds"]
-    told = {ours: counted.get(ours, counted.get(theirs)) for ours, theirs in COUNTS.items()}
-    tokens = {name: count for name, count in told.items() if type(count) is int and 0 <= count <= MAX_COUNT}
-    usage: dict[str, Any] = {"audio_seconds": seconds} | tokens | _model(answer)
-    usage |= {"raw": counted} if _fits(counted) else {}
+    usage: dict[str, Any] = {"audio_seconds": seconds} | counts_in(counted) | _model(answer) | raw_usage(counted)
     return {name: value for name, value in usage.items() if value is not None} or None
-
-
-def _fits(counted: Mapping[str, Any]) -> bool:
-    """Whether there is something that is JSON for everybody and small enough to be stored (4 KB with the rest)."""
-    try:
-        return bool(counted) and len(json.dumps(counted, allow_nan=False, ensure_ascii=False).encode()) <= MAX_RAW_BYTES
-    except ValueError:
-        return False
 
 
 def _model(answer: Mapping[str, Any]) -> dict[str, str]:
@@ -771,17 +755,10 @@ class _NoSuchRoute(NotNow):
     """The server has no such route, although it had told of it."""
 
 
-def _refusal(response: urllib3.HTTPResponse, settings: WhisperXSettings) -> tuple[Refusal, str]:
-    """What the server says, as it may be shown and as it is."""
-    body = response.read(MAX_ERROR_BYTES)
-    text = said(body, response.headers.get("content-type", ""), settings.secrets)
-    return Refusal(status=response.status, kind=None, text=text, retry_in_seconds=retry_after(response)), body.decode(errors="replace")
-
-
 def _refuse_when_nothing_is_taken(response: urllib3.HTTPResponse, settings: WhisperXSettings) -> None:
     """Raises `NotNow` when the server refuses us, or everything, rather than this one request."""
     if response.status not in _NO_ROUTE and response.status >= 300:
-        outcome = by_status(_refusal(response, settings)[0], _LOOK_AT)
+        outcome = by_status(refusal_of(response, settings.secrets), _LOOK_AT)
         if isinstance(outcome, NotNow):
             raise outcome
 
@@ -789,7 +766,8 @@ def _refuse_when_nothing_is_taken(response: urllib3.HTTPResponse, settings: Whis
 def _refused(response: urllib3.HTTPResponse, attempt: _Attempt, settings: WhisperXSettings) -> NotNow | Never:
     """The outcome for a file that was not transcribed."""
     status = response.status
-    refusal, whole = _refusal(response, settings)
+    refusal = refusal_of(response, settings.secrets)
+    whole = refusal.body.decode(errors="replace")
     if status in (400, 415, 422, 500) and _UNDECODABLE.search(whole):
         return Never(INVALID_INPUT, f"the server answered {status}: it cannot decode the audio")
     if status in (400, 404, 422) and _MODEL_REFUSED.search(whole):

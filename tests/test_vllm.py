@@ -634,7 +634,7 @@ def test_usage_has_our_names_and_absent_is_not_zero(server: FakeVLLM, counted: M
 
 
 def test_usage_too_big_to_be_stored_keeps_its_counts_alone(server: FakeVLLM) -> None:
-    server.always(says("x", usage={"prompt_tokens": 1, "junk": "ü" * 1_000}))
+    server.always(says("x", usage={"prompt_tokens": 1, "junk": "ü" * 2_000}))
     usage = provider_of(server).run(job_with(HELLO)).usage
     assert usage is not None
     assert (usage["prompt_tokens"], "raw" in usage) == (1, False)
