@@ -72,11 +72,14 @@ from providers.settings import (
 __all__ = [
     "CANCELLED",
     "CATEGORIES",
+    "CHECK_LIMIT_SECONDS",
     "CONTEXT_LENGTH_EXCEEDED",
     "GROUP",
     "INTERNAL",
     "INVALID_INPUT",
     "INVALID_OUTPUT",
+    "MAX_MESSAGE_CHARACTERS",
+    "MAX_NOTE_BYTES",
     "RATE_LIMITED",
     "TIMEOUT",
     "TRUNCATED",
@@ -151,6 +154,13 @@ CATEGORIES = frozenset(
     }
 )
 """The categories with a fixed meaning. A provider may use its own as well: lower case, digits and `_`, at most 64 characters."""
+
+MAX_NOTE_BYTES = 4_096
+"""How long the JSON of usage or progress may be, in UTF-8. The service refuses more."""
+MAX_MESSAGE_CHARACTERS = 4_000
+"""Where the service cuts the message of a failure."""
+CHECK_LIMIT_SECONDS = 3.0
+"""How long a check may take. A provider that has not answered by then counts as unavailable."""
 
 _CATEGORY = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -242,7 +252,10 @@ class Job:
     cancelled: threading.Event = attrs.field(factory=threading.Event, repr=False)
     """Set when the result is no longer wanted. A provider stops soon after (a second is good) and raises `NotNow(CANCELLED, ...)`."""
     report_progress: Callable[[Mapping[str, Any]], None] = attrs.field(default=_ignore_progress, repr=False)
-    """Call it with a small JSON object (under 4 KB) to show how far the job is. Cheap, may be called often, keeps only the latest."""
+    """Call it with a JSON object of up to MAX_NOTE_BYTES to show how far the job is.
+
+    It is cheap and may be called often; only the latest report is kept.
+    """
 
     def seconds_left(self) -> float | None:
         """Seconds until the deadline, 0 when it has passed, None when there is none."""
@@ -260,7 +273,7 @@ class Job:
 
 @attrs.frozen
 class Result:
-    """What a completed job returns: `value` is any JSON, `usage` a small JSON object (under 4 KB) or None.
+    """What a completed job returns: `value` is any JSON, `usage` a small JSON object (up to MAX_NOTE_BYTES) or None.
 
     Usual names in `usage`: `prompt_tokens`, `completion_tokens`, `total_tokens`, `audio_seconds`, `model`. Leave out what is not known:
     absent is not zero.
@@ -308,7 +321,7 @@ class Provider(Protocol):
         """The profiles it serves: jobs of these are claimed for it."""
 
     def check(self) -> Health:
-        """Take a quick look at the model service, within 3 seconds. Raises nothing: trouble is a `Health` too."""
+        """Take a quick look at the model service, within CHECK_LIMIT_SECONDS. Raises nothing: trouble is a `Health` too."""
 
     def run(self, job: Job) -> Result:
         """Do the job and return its result, within the job's deadline; raise `NotNow` or `Never` if there is none."""
@@ -438,7 +451,7 @@ class Checks:
     def __init__(self, listed: Sequence[Listed]) -> None:
         self._checks = [_Check(one) for one in listed]
 
-    def look(self, limit_seconds: float = 3.0) -> list[dict[str, Any]]:
+    def look(self, limit_seconds: float = CHECK_LIMIT_SECONDS) -> list[dict[str, Any]]:
         """How all of them are, looked at at once, in their order, after at most `limit_seconds`. Raises nothing. For one thread at a time.
 
         Each item has `name`, `status`, `model_profiles`, `checked_at` (RFC 3339, UTC) and, where known, `models`, `endpoint`, `latency_ms`
@@ -452,7 +465,7 @@ class Checks:
         return [_item(check.listed, late if check.is_alive() else check.health or late) for check in self._checks]
 
 
-def check_all(listed: Sequence[Listed], limit_seconds: float = 3.0) -> list[dict[str, Any]]:
+def check_all(listed: Sequence[Listed], limit_seconds: float = CHECK_LIMIT_SECONDS) -> list[dict[str, Any]]:
     """One look at all providers, as `Checks.look` does it."""
     return Checks(listed).look(limit_seconds)
 

@@ -38,6 +38,9 @@ import pytest
 
 from providers import (
     CANCELLED,
+    CHECK_LIMIT_SECONDS,
+    MAX_MESSAGE_CHARACTERS,
+    MAX_NOTE_BYTES,
     TIMEOUT,
     UNAVAILABLE,
     Health,
@@ -56,11 +59,6 @@ from providers import (
 from providers.settings import SHORTEST_SECRET, Setting, declared, profile_name
 
 T = TypeVar("T")
-
-MOST_NOTE_BYTES = 4_096
-"""What the service takes as usage or progress."""
-MOST_MESSAGE_CHARACTERS = 4_000
-"""Where the service cuts a message."""
 
 MARK = "words that no error quotes"
 STRANGE_INPUTS: tuple[Any, ...] = (None, True, 5, "", [], {}, [None], {"": None}, MARK, [MARK], {"input": {MARK: MARK}})
@@ -84,7 +82,7 @@ class ProviderConformance:
     needs_settings: ClassVar[bool] = True
     """Whether an empty environment means: not configured."""
 
-    check_seconds: ClassVar[float] = 6.0
+    check_seconds: ClassVar[float] = 2 * CHECK_LIMIT_SECONDS
     """How long a check may take here: twice the contract's limit, because a busy test machine stalls."""
     soon_seconds: ClassVar[float] = 0.3
     """When a run is cancelled, or overdue, after it began."""
@@ -399,7 +397,7 @@ def assert_is_note(note: object, kind: str) -> None:
     """Usage and progress are small JSON objects."""
     assert isinstance(note, Mapping), f"{kind} is an object"
     size = len(json.dumps(dict(note), allow_nan=False, ensure_ascii=False).encode())
-    assert size <= MOST_NOTE_BYTES, f"{kind} is at most 4 KB, this has {size} bytes"
+    assert size <= MAX_NOTE_BYTES, f"{kind} is at most {MAX_NOTE_BYTES} bytes, this has {size} bytes"
 
 
 def assert_is_outcome(outcome: object) -> None:
@@ -408,7 +406,7 @@ def assert_is_outcome(outcome: object) -> None:
     assert_is_note(outcome.usage or {}, "usage")
     if isinstance(outcome, NotCompleted):
         assert re.fullmatch(r"[a-z][a-z0-9_]{0,63}", outcome.category), outcome.category
-        assert 0 < len(outcome.message) <= MOST_MESSAGE_CHARACTERS, "a message says what went wrong"
+        assert 0 < len(outcome.message) <= MAX_MESSAGE_CHARACTERS, "a message says what went wrong"
         assert outcome.message.isprintable(), "a message is one line of readable text"
     if isinstance(outcome, NotNow) and outcome.retry_in_seconds is not None:
         assert math.isfinite(outcome.retry_in_seconds), "a delay has an end"

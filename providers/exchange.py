@@ -54,7 +54,7 @@ MESSAGE_CHARACTERS = 500
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Where an answer without end is given up; a result may have 32 MiB."""
 CHECK_SECONDS = 2.5
-"""Limit of a check, below the 3 s of the contract."""
+"""Limit of a check, below that of the contract, so that it can say itself why it ended."""
 MAX_ERROR_BYTES = 65_536
 """How much of an error's body is read."""
 
@@ -313,6 +313,9 @@ def by_status(refusal: Refusal, look_at: Mapping[int, str]) -> NotNow | Never:
     return NotNow(category, message, retry_in_seconds=refusal.retry_in_seconds, burns_attempt=burns or refusal.in_stream)
 
 
+MAX_RETRY_AFTER_SECONDS = 3_600.0
+
+
 def retry_after(response: urllib3.HTTPResponse) -> float | None:
     """Seconds, at most an hour, of a Retry-After header in either of its forms; None if there is none that can be read."""
     text = response.headers.get("retry-after", "")
@@ -323,7 +326,7 @@ def retry_after(response: urllib3.HTTPResponse) -> float | None:
             seconds = (parsedate_to_datetime(text).astimezone(UTC) - datetime.now(UTC)).total_seconds()
         except (ValueError, OverflowError):  # a date before the first or after the last there is
             return None
-    return min(3600.0, max(0.0, seconds)) if math.isfinite(seconds) else None
+    return min(MAX_RETRY_AFTER_SECONDS, max(0.0, seconds)) if math.isfinite(seconds) else None
 
 
 def said(body: bytes, content_type: str, secrets: tuple[str, ...] = ()) -> str:
@@ -357,7 +360,7 @@ COUNTS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens",
 MAX_COUNT = 10**15
 """The service takes no larger one, and refuses a result with it."""
 MAX_RAW_BYTES = 3_000
-"""Usage may have 4,096 bytes, with our own members and the worker's."""
+"""Usage may have MAX_NOTE_BYTES, with our own members and the worker's."""
 
 
 def counts_in(counted: Mapping[str, Any]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 __all__ = [
+    "DAY_SECONDS",
     "NotConfigured",
     "Setting",
     "SettingsError",
@@ -157,7 +158,8 @@ def _text(one: Setting, environ: Mapping[str, str]) -> str:
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 _SECONDS = re.compile(_NUMBER)
 _UNITS = re.compile(rf"(?=.)(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?")
-_UNIT_SECONDS = (86_400, 3_600, 60, 1)
+DAY_SECONDS = 86_400
+_UNIT_SECONDS = (DAY_SECONDS, 3_600, 60, 1)
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -179,7 +181,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
-def duration(low: float = 0.001, high: float = 86_400.0) -> Callable[[str], float]:
+def duration(low: float = 0.001, high: float = DAY_SECONDS) -> Callable[[str], float]:
     """A reader of durations within these bounds, in seconds."""
 
     def read(text: str) -> float:

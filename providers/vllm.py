@@ -43,6 +43,8 @@ from providers.settings import (
     web_address,
 )
 
+DEFAULT_MODEL = "qwen2.5-14b"
+
 # ---------------------------------------------------------------- settings
 
 
@@ -58,7 +60,7 @@ class VLLMSettings:
 
     url: Url = setting("LLM_BASE_URL", "vLLM, or another server with the OpenAI chat API", read=_base_url, required=True)
     key: str | None = setting("LLM_API_KEY", "its key", read=header_word, secret=True)
-    model: str = setting("LLM_MODEL", "the model to ask for, and the model profile served", default="qwen2.5-14b", read=profile_name)
+    model: str = setting("LLM_MODEL", "the model to ask for, and the model profile served", default=DEFAULT_MODEL, read=profile_name)
     profiles: dict[str, str] | None = setting("LLM_PROFILES", "more profiles and their models: `vision=qwen2.5-vl-7b, …`", read=pairs)
     timeout_seconds: float = setting("LLM_TIMEOUT", "limit of one attempt", default="5m", read=duration())
     idle_seconds: float = setting("LLM_IDLE_TIMEOUT", "longest pause within an answer that has begun", default="60s", read=duration())

@@ -80,6 +80,7 @@ from providers import (
 from providers.audio import SOURCES, Audio, AudioSettings, audio_of
 from providers.exchange import (
     CHECK_SECONDS,
+    MAX_RETRY_AFTER_SECONDS,
     Exchange,
     by_status,
     counts_in,
@@ -91,11 +92,11 @@ from providers.exchange import (
     time_limit,
     was_cancelled,
 )
-from providers.settings import authorization, duration, header_word, profile_name, secrets_in, web_address, whole
+from providers.settings import DAY_SECONDS, authorization, duration, header_word, profile_name, secrets_in, web_address, whole
 
 BASE_SECONDS = 120.0
 """What any file may take, however short: models are loaded, others wait before it."""
-MOST_SECONDS = 86_400.0
+MOST_SECONDS = float(DAY_SECONDS)
 MAX_DESCRIPTION_BYTES = 4 * 1024 * 1024
 SERVERS_OWN_MODEL = "whisper-1"
 """The name that the servers of the openai dialect take for: your default."""
@@ -132,7 +133,7 @@ class WhisperXSettings(AudioSettings):
         "WHISPERX_TIMEOUT", "limit of one attempt at audio of unknown length", default="1h", read=duration(0.1, MOST_SECONDS)
     )
     time_factor: int = setting(
-        "WHISPERX_TIME_FACTOR", "seconds allowed per second of audio, on top of 120", default="2", read=whole(1, 1_000)
+        "WHISPERX_TIME_FACTOR", f"seconds allowed per second of audio, on top of {BASE_SECONDS:g}", default="2", read=whole(1, 1_000)
     )
 
     def problems(self) -> Iterator[str]:
@@ -267,7 +268,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_seconds(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= 7 * 86_400
+    return type(value) in (int, float) and 0 < value <= 7 * DAY_SECONDS
 
 
 _OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -497,7 +498,7 @@ def _asked(settings: WhisperXSettings, server: _Server, attempt: _Attempt) -> Ma
     except NotNow as outcome:
         if outcome.category == TIMEOUT and outcome.burns_attempt and not server.looks_up and outcome.retry_in_seconds is None:
             # The server works on. Another limit's time is what it may take to come to the end, with luck.
-            outcome.retry_in_seconds = min(3_600.0, max(60.0, attempt.limit_seconds) * attempt.job.attempt)
+            outcome.retry_in_seconds = min(MAX_RETRY_AFTER_SECONDS, max(60.0, attempt.limit_seconds) * attempt.job.attempt)
         raise
 
 

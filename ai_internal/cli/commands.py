@@ -1,9 +1,7 @@
 """The command line of operators and callers: `ai-service jobs | stats | workers | providers | pause | resume`.
 
-Each command is a few calls of the HTTP client, made as the worker makes them:
-
-    AI_SERVICE_URL          where the service is: http://127.0.0.1:8080
-    AI_SERVICE_TOKEN        its token; none
+Each command is a few calls of the HTTP client, made as the worker makes them, with the settings in
+`ai_internal.client_settings`.
 
 Tables are for people, `--json` for programs.
 
@@ -42,17 +40,18 @@ from ai_client import (
     ServiceUnavailable,
     Unauthorized,
     UnexpectedResponse,
-    check_base_url,
-    check_token,
     encode,
     object_text,
     parse_job,
     split_object,
 )
 from ai_internal.cli.terminal import Column, Progress, Table, ago, ago_text, duration_text, moment_text, painted, print_json, print_lines
+from ai_internal.client_settings import ClientSettings
+from ai_internal.limits import MAX_ITEMS
 from ai_internal.server.requests import UUID
+from ai_internal.server.requests import WINDOWS as WINDOW_SECONDS
 from ai_internal.telemetry import printable
-from providers.settings import SettingsError, parse_duration, read_settings, setting
+from providers.settings import SettingsError, parse_duration, read_settings
 
 T = TypeVar("T")
 Item_co = TypeVar("Item_co", covariant=True)
@@ -70,16 +69,9 @@ EXIT_CODES = """exit codes:
   130  interrupted by Ctrl-C
   141  whoever read the output closed it"""
 STATUSES = ("pending", "running", "completed", "failed", "cancelled")
-WINDOWS = {"1h": 3600, "1d": 86_400, "7d": 604_800}
+WINDOWS = dict(zip(("1h", "1d", "7d"), WINDOW_SECONDS, strict=True))
+DEFAULT_WINDOW, DEFAULT_LIMIT, WATCH_SECONDS = "1d", 50, 2.0
 PAGE = 500
-
-
-@attrs.frozen(kw_only=True)
-class Settings:
-    """Where the service is, and who asks."""
-
-    url: str = setting("AI_SERVICE_URL", "where the service is", default="http://127.0.0.1:8080", read=check_base_url)
-    token: str | None = setting("AI_SERVICE_TOKEN", "its token", read=check_token, secret=True)
 
 
 class WrongUse(Exception):
@@ -119,7 +111,9 @@ def _add(commands: Commands, name: str, act: Callable[[AIService, argparse.Names
 def _add_listing(verbs: Commands) -> None:
     listing = _add(verbs, "list", list_jobs, "list jobs, newest first")
     _add_filters(listing)
-    listing.add_argument("--limit", type=_whole, default=50, metavar="N", help="at most so many; 50 by default, 0 for all")
+    listing.add_argument(
+        "--limit", type=_whole, default=DEFAULT_LIMIT, metavar="N", help=f"at most so many; {DEFAULT_LIMIT} by default, 0 for all"
+    )
     listing.add_argument("--json", action="store_true", help="a JSON object a line")
     show = _add(verbs, "show", show_job, "show one job with its whole story")
     show.add_argument("id", type=_text)
@@ -170,8 +164,9 @@ def _add_moving(verbs: Commands) -> None:
 
 def _add_operation(commands: Commands) -> None:
     stats = _add(commands, "stats", show_stats, "show how the queue stands; what waits, runs and failed")
-    stats.add_argument("--window", choices=WINDOWS, default="1d", help="how far back endings count; 1d by default")
-    stats.add_argument("--watch", type=_interval, nargs="?", const=2.0, metavar="SECONDS", help="again and again until Ctrl-C; every 2 s")
+    stats.add_argument("--window", choices=WINDOWS, default=DEFAULT_WINDOW, help=f"how far back endings count; {DEFAULT_WINDOW} by default")
+    again = f"again and again until Ctrl-C; every {WATCH_SECONDS:g} s"
+    stats.add_argument("--watch", type=_interval, nargs="?", const=WATCH_SECONDS, metavar="SECONDS", help=again)
     workers = _add(commands, "workers", show_workers, "show the workers of the last five minutes")
     listed = _add(commands, "providers", show_providers, "check the providers; those of the service, and what workers report of theirs")
     pause = _add(commands, "pause", pause_jobs, "stop handing out jobs; every combination of what is named")
@@ -246,7 +241,7 @@ def run(options: argparse.Namespace) -> int:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        settings = read_settings(Settings, os.environ)
+        settings = read_settings(ClientSettings, os.environ)
     except SettingsError as error:
         return _say(f"the settings cannot be used: {'; '.join(error.problems)}", WRONG_USE)
     try:
@@ -291,7 +286,7 @@ _AWAY = {
 }
 
 
-def told(error: ServiceError, settings: Settings) -> str:
+def told(error: ServiceError, settings: ClientSettings) -> str:
     """What a person is told of an error."""
     if error.status is None and error.code == "no_answer":
         return f"no answer from {settings.url}: {_AWAY.get(error.detail or '', error.detail)}"
@@ -479,7 +474,7 @@ def retry_jobs(service: AIService, options: argparse.Namespace) -> int:
     with _counting(options, "retried", matched) as progress:
         # No further than what was counted: a job that fails again at once fits again.
         while progress.done < matched:
-            answer = service.retry_many(wanted, limit=min(1000, matched - progress.done))
+            answer = service.retry_many(wanted, limit=min(MAX_ITEMS, matched - progress.done))
             progress.at(progress.done + answer.retried)
             if not answer.retried or not answer.more:
                 break

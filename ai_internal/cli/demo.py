@@ -35,6 +35,7 @@ from typing import Any
 from ai_client import AIService, Job, NewJob, NotJSON, ServiceError
 from ai_internal.server.embedded import EmbeddedError, bound_to_this_process, embedded_postgres
 from ai_internal.telemetry import printable
+from providers.vllm import DEFAULT_MODEL
 
 __all__ = ["DemoFailed", "StandInChat", "StandInWhisperX", "main", "run", "stand_in"]
 
@@ -288,7 +289,7 @@ def _models(environ: Mapping[str, str], *, transcriber: bool) -> Iterator[dict[s
 
 
 def _model(environ: Mapping[str, str]) -> str:
-    return environ.get("LLM_MODEL") or "qwen2.5-14b"
+    return environ.get("LLM_MODEL") or DEFAULT_MODEL
 
 
 @contextmanager

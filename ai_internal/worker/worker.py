@@ -7,9 +7,7 @@
 Threads: one asks for jobs as long as there are free slots, one per job runs it, one sends heartbeats, one delivers outcomes, one looks at
 the providers. What a thread of a job does cannot hold up the others. The main thread waits for SIGTERM or SIGINT and then drains.
 
-Settings, beside those of the providers
-    AI_SERVICE_URL          where the service is: http://127.0.0.1:8080
-    AI_SERVICE_TOKEN        its token; none
+Settings, beside those of the providers and of every client (`ai_internal.client_settings`)
     PROFILE_PROVIDERS       providers of a profile in their order, the later ones as fallback: qwen2.5-14b=vllm,openclaw; vision=vllm
     WORKER_CONCURRENCY      jobs side by side: 4
     WORKER_LEASE_SECONDS    how long a job stays this worker's without a heartbeat: 120
@@ -58,10 +56,10 @@ from ai_client import (
     Release,
     ServiceError,
     ValidationFailed,
-    check_base_url,
-    check_token,
     encode,
 )
+from ai_internal.client_settings import ClientSettings
+from ai_internal.limits import MAX_ITEMS, MAX_LEASE_SECONDS, MAX_REPORT_BYTES, MIN_LEASE_SECONDS
 from ai_internal.telemetry import about, about_span, child_of, complain, log_to_stderr, read_log_format
 from ai_internal.worker.fleet import UNSUPPORTED_SECONDS, Fleet
 from ai_internal.worker.spool import Delivery, Outcome, Spool, Watch
@@ -69,6 +67,7 @@ from providers import (
     INTERNAL,
     INVALID_INPUT,
     INVALID_OUTPUT,
+    MAX_NOTE_BYTES,
     TIMEOUT,
     UNAVAILABLE,
     Listed,
@@ -79,7 +78,7 @@ from providers import (
     SettingsError,
     Unsupported,
 )
-from providers.settings import duration, pairs, read_settings, setting, whole
+from providers.settings import DAY_SECONDS, duration, pairs, read_settings, setting, whole
 
 log = logging.getLogger("ai_service.worker")
 
@@ -88,11 +87,8 @@ CLAIM_WAIT_SECONDS = 25.0
 # And this often where nothing is claimed since every circuit is open.
 REPORT_SECONDS = 10.0
 MAX_BEAT_SECONDS = 30.0
-# The service refuses more: usage and progress over 4 KB, a worker's report over 8 KB, 1,000 items in a bulk call, delays over a day.
-MAX_NOTE_BYTES = 4096
-MAX_REPORT_BYTES = 8192
-MAX_ITEMS = 1000
-MAX_DELAY_SECONDS = 86_400.0
+# The service takes a year. A provider that asks for more than a day has most likely confused its units.
+MAX_DELAY_SECONDS = float(DAY_SECONDS)
 
 # A provider that ignores the end of its time is left to itself so long after it, and the job's attempt counted as failed.
 OVERDUE_SECONDS = 30.0
@@ -119,11 +115,9 @@ def _read_order(text: str) -> dict[str, tuple[str, ...]]:
 
 
 @frozen(kw_only=True)
-class Settings:
+class Settings(ClientSettings):
     """What a worker is told by its environment."""
 
-    url: str = setting("AI_SERVICE_URL", "where the service is", default="http://127.0.0.1:8080", read=check_base_url)
-    token: str | None = setting("AI_SERVICE_TOKEN", "its token", read=check_token, secret=True)
     profile_providers: Mapping[str, tuple[str, ...]] = setting(
         "PROFILE_PROVIDERS", "providers of a profile in their order: `profile=first,fallback; …`", default="", read=_read_order
     )
@@ -132,10 +126,10 @@ class Settings:
         "WORKER_LEASE_SECONDS",
         "how long a job stays this worker's without a heartbeat",
         default="120",
-        read=lambda text: int(duration(5, 86_400)(text)),
+        read=lambda text: int(duration(MIN_LEASE_SECONDS, MAX_LEASE_SECONDS)(text)),
     )
     job_timeout_seconds: float = setting(
-        "WORKER_JOB_TIMEOUT", "limit of one attempt, whatever its provider allows", default="1h", read=duration(1, 7 * 86_400)
+        "WORKER_JOB_TIMEOUT", "limit of one attempt, whatever its provider allows", default="1h", read=duration(1, 7 * DAY_SECONDS)
     )
     drain_seconds: float = setting("WORKER_DRAIN_SECONDS", "how long running jobs may go on after SIGTERM", default="20", read=duration(0))
     spool_dir: Path = setting(
