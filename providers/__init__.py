@@ -498,13 +498,16 @@ def _health_of(provider: Provider) -> Health:
 
 
 def _item(listed: Listed, health: Health) -> dict[str, Any]:
-    item: dict[str, Any] = {"name": listed.name, "status": health.status, "model_profiles": list(listed.model_profiles)}
-    if health.models:
-        item["models"] = list(health.models)
-    if health.endpoint:
-        item["endpoint"] = redact(health.endpoint, listed.secrets)
-    if health.latency_ms is not None:
-        item["latency_ms"] = round(health.latency_ms, 1)
-    if health.detail:
-        item["detail"] = redact(health.detail, listed.secrets)
-    return item | {"checked_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")}
+    known = {
+        "models": list(health.models) or None,
+        "endpoint": redact(health.endpoint or "", listed.secrets) or None,
+        "latency_ms": None if health.latency_ms is None else round(health.latency_ms, 1),
+        "detail": redact(health.detail or "", listed.secrets) or None,
+    }
+    return {
+        "name": listed.name,
+        "status": health.status,
+        "model_profiles": list(listed.model_profiles),
+        **{name: value for name, value in known.items() if value is not None},
+        "checked_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+    }

@@ -491,7 +491,7 @@ def _asked(settings: WhisperXSettings, server: _Server, attempt: _Attempt) -> Ma
     route = server.route_for(attempt.wish)
     try:
         known_by = attempt.job.id if server.looks_up and _CAN_BE_LOOKED_UP.fullmatch(attempt.job.id) else None
-        if known_by and (known := _kept(settings, attempt)) is not None:
+        if known_by and (known := _kept(settings, attempt)):
             return known
         attempt.job.report_progress({"stage": "transcription", "limit_seconds": round(attempt.limit_seconds)})
         return _sent(settings, route, attempt, known_by)
@@ -557,28 +557,26 @@ def _file_name(attempt: _Attempt) -> str:
 # ---------------------------------------------------------------- what the server has kept
 
 
-def _kept(settings: WhisperXSettings, attempt: _Attempt) -> Mapping[str, Any] | None:
-    """The answer to what an earlier attempt had sent, waited for while the server is at it; None if it has none."""
+def _kept(settings: WhisperXSettings, attempt: _Attempt) -> Mapping[str, Any]:
+    """The answer to what an earlier attempt had sent, waited for while the server is at it; empty if it has none."""
     place = f"{_TRANSCRIPTIONS}/{attempt.job.id}"
     pause = 0.25
-    while (state := _at({"state": _got(settings, attempt, f"{place}/status")}, "state")).get("status") in ("queued", "in_progress"):
+    while (state := _got(settings, attempt, f"{place}/status")).get("status") in ("queued", "in_progress"):
         attempt.job.report_progress({"stage": "transcription", "server_stage": str(state.get("stage"))[:100]})
         attempt.job.cancelled.wait(min(pause, seconds_to(attempt.until)))
         _refuse_when_over(attempt.job, attempt.until, burns_attempt=True)
         pause = min(5.0, pause * 1.5)
-    if state.get("status") != "completed":
-        return None
-    return _got(settings, attempt, f"{place}/result?response_format=verbose_json")
+    return {} if state.get("status") != "completed" else _got(settings, attempt, f"{place}/result?response_format=verbose_json")
 
 
-def _got(settings: WhisperXSettings, attempt: _Attempt, path: str) -> Mapping[str, Any] | None:
-    """The object at this path; None if there is none. Raises `NotNow` when the server does not take requests."""
+def _got(settings: WhisperXSettings, attempt: _Attempt, path: str) -> Mapping[str, Any]:
+    """The object at this path; empty if there is none. Raises `NotNow` when the server does not take requests."""
     with Exchange(settings.url, limit_seconds=seconds_to(attempt.until), cancelled=attempt.job.cancelled) as exchange:
         response = exchange.send("GET", path, settings.headers())
         if response.status == HTTPStatus.OK:
             return _read(b"".join(exchange.blocks(response)), response.headers.get("content-type", ""), attempt)
         _refuse_when_nothing_is_taken(response, settings)
-        return None
+        return {}
 
 
 # ---------------------------------------------------------------- answer

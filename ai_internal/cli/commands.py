@@ -268,6 +268,16 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+def _show(options: argparse.Namespace, value: Any, lines: Iterable[str]) -> int:
+    """Prints the value with --json, else the lines."""
+    if options.json:
+        print_json(encode(value))
+    else:
+        print_lines(lines)
+    sys.stdout.flush()
+    return DONE
+
+
 def code_of(error: ServiceError) -> int:
     """The exit code that an error stands for."""
     if isinstance(error, Unauthorized | Forbidden):
@@ -538,8 +548,7 @@ def _names_jobs(options: argparse.Namespace) -> bool:
 
 
 def _each(options: argparse.Namespace, act: Callable[[str], Job]) -> int:
-    codes = [_one(options, job_id, act) for job_id in options.ids]
-    return max(codes)
+    return max([_one(options, job_id, act) for job_id in options.ids])
 
 
 def _one(options: argparse.Namespace, job_id: str, act: Callable[[str], Job]) -> int:
@@ -549,11 +558,7 @@ def _one(options: argparse.Namespace, job_id: str, act: Callable[[str], Job]) ->
         return _no_job(job_id, error)
     except InvalidState as error:
         return _say(f"{job_id}: {reason_of(error)}", REFUSED)
-    if options.json:
-        print_json(encode({"id": job.id, "status": job.status}))
-    else:
-        print(printable(f"{job.id} {job.status}"))
-    return DONE
+    return _show(options, {"id": job.id, "status": job.status}, [printable(f"{job.id} {job.status}")])
 
 
 def _may(options: argparse.Namespace, verb: str, matched: int) -> bool:
@@ -571,11 +576,7 @@ def _many(count: int) -> str:
 
 
 def _tell(options: argparse.Namespace, **counts: int) -> int:
-    if options.json:
-        print_json(encode(counts))
-    else:
-        print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    return DONE
+    return _show(options, counts, [", ".join(f"{name} {count:,}" for name, count in counts.items())])
 
 
 # ── Export ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -660,11 +661,11 @@ def import_jobs(service: AIService, options: argparse.Namespace) -> int:
             _say(f"stopped before line {importing.ended_at:,}; --keep-going passes over what is refused", REFUSED)
         except (ServiceError, KeyboardInterrupt):
             progress.clear()
-            importing.tell(as_json=options.json)
+            _tell(options, **importing.counts)
             _say("not finished; run the same import again to go on", REFUSED)
             raise
         progress.clear()
-    importing.tell(as_json=options.json)
+    _tell(options, **importing.counts)
     return REFUSED if importing.refused else DONE
 
 
@@ -736,13 +737,10 @@ class Import:
             self._done += sum(line.size for line in batch)
             self._progress.at(self._done, f"line {batch[-1].number:,}")
 
-    def tell(self, *, as_json: bool) -> None:
+    @property
+    def counts(self) -> dict[str, int]:
         """The summary."""
-        counts = {"created": self.created, "existing": self.existing, "refused": self.refused}
-        if as_json:
-            print_json(encode(counts))
-        else:
-            print(", ".join(f"{name} {count:,}" for name, count in counts.items()), flush=True)
+        return {"created": self.created, "existing": self.existing, "refused": self.refused}
 
     def _take(self, lines: Sequence[Line]) -> None:
         if not lines:
@@ -811,8 +809,7 @@ def _problems_by_line(lines: Sequence[Line], error: ServiceError) -> Mapping[int
 def show_stats(service: AIService, options: argparse.Namespace) -> int:
     """How the queue stands, once or again and again."""
     if options.watch is None:
-        _print_stats(service, options)
-        return DONE
+        return _print_stats(service, options)
     with suppress(KeyboardInterrupt):
         while True:
             _watch_once(service, options)
@@ -820,20 +817,17 @@ def show_stats(service: AIService, options: argparse.Namespace) -> int:
     return DONE
 
 
-def _print_stats(service: AIService, options: argparse.Namespace) -> None:
-    if options.json:
-        print_json(encode(service.stats(WINDOWS[options.window])))
-    else:
-        print_lines(_stats_lines(service, options.window))
+def _print_stats(service: AIService, options: argparse.Namespace) -> int:
+    stats = service.stats(WINDOWS[options.window])
+    return _show(options, stats, _stats_lines(service, stats, options.window))
 
 
 def _watch_once(service: AIService, options: argparse.Namespace) -> None:
     if options.json or not sys.stdout.isatty():
         _print_stats(service, options)
-        sys.stdout.flush()
         return
     try:
-        lines = list(_stats_lines(service, options.window))
+        lines = list(_stats_lines(service, service.stats(WINDOWS[options.window]), options.window))
     except ServiceUnavailable as error:
         lines = [printable(f"The service is away: {reason_of(error)}")]
     head = f"{moment_text(datetime.now(UTC))}  every {options.watch:g} s, Ctrl-C ends it"
@@ -846,8 +840,7 @@ def _watch_once(service: AIService, options: argparse.Namespace) -> None:
 GROUPS = {"model_profile": "PROFILE", "owner_service": "OWNER", "task_type": "TYPE"}
 
 
-def _stats_lines(service: AIService, window: str) -> Iterator[str]:
-    stats = service.stats(WINDOWS[window])
+def _stats_lines(service: AIService, stats: Mapping[str, Any], window: str) -> Iterator[str]:
     jobs = stats["jobs"]
     yield f"now        pending {jobs['pending']:,}   scheduled {jobs['scheduled']:,}   running {jobs['running']:,}" + (
         f"   oldest pending {duration_text(stats['oldest_pending_seconds'])}" if stats["oldest_pending_seconds"] is not None else ""
@@ -884,12 +877,8 @@ def _group_row(row: Mapping[str, Any], name: str) -> Sequence[str]:
 def show_workers(service: AIService, options: argparse.Namespace) -> int:
     """Who works."""
     workers = service.workers()
-    if options.json:
-        print_json(encode({"workers": workers}))
-        return DONE
     table = Table(Column("WORKER"), Column("SEEN", right=True), Column("RUNNING", right=True), Column("VERSION"), Column("PROVIDERS"))
-    print_lines(table.lines(map(_worker_row, workers)))
-    return DONE
+    return _show(options, {"workers": workers}, table.lines(map(_worker_row, workers)))
 
 
 def _worker_row(worker: Mapping[str, Any]) -> Sequence[str]:
@@ -906,14 +895,10 @@ def _circuit(provider: Mapping[str, Any]) -> str:
 def show_providers(service: AIService, options: argparse.Namespace) -> int:
     """How model services are doing, seen from the service and from each worker."""
     status = service.providers_status()
-    if options.json:
-        print_json(encode(status))
-        return DONE
     seen = [("service", each) for each in status["providers"]]
     seen += [(worker["worker_id"], each) for worker in status["workers"] for each in worker.get("providers") or ()]
     table = Table(Column("SEEN BY"), Column("PROVIDER"), Column("STATUS"), Column("CIRCUIT"), Column("PROFILES"), Column("DETAIL"))
-    print_lines(table.lines(_provider_row(where, each) for where, each in seen))
-    return DONE
+    return _show(options, status, table.lines(_provider_row(where, each) for where, each in seen))
 
 
 def _provider_row(where: str, each: Mapping[str, Any]) -> Sequence[str]:
@@ -948,13 +933,8 @@ def _some(options: argparse.Namespace) -> dict[str, list[str] | None]:
 
 
 def _show_pauses(rules: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> int:
-    if options.json:
-        print_json(encode({"paused": rules}))
-    elif rules:
-        print_lines(_pause_table().lines(map(_pause_row, rules)))
-    else:
-        print("Nothing is paused.")
-    return DONE
+    lines = _pause_table().lines(map(_pause_row, rules)) if rules else ["Nothing is paused."]
+    return _show(options, {"paused": rules}, lines)
 
 
 def _pause_table() -> Table:

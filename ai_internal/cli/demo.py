@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ai_client import AIService, Job, NewJob, NotJSON, ServiceError
+from ai_internal.cli.terminal import Column, Table, print_lines
 from ai_internal.server.embedded import EmbeddedError, bound_to_this_process, embedded_postgres
 from ai_internal.telemetry import printable
 from providers.vllm import DEFAULT_MODEL
@@ -421,13 +421,10 @@ def _print_counts(jobs: Iterable[Job]) -> None:
 
 
 def _print_table(jobs: Sequence[Job]) -> None:
-    rows = [("task type", "owner_ref", "status", "seconds", "tokens", "result"), *(_row(job) for job in jobs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    room = max(20, shutil.get_terminal_size((140, 24)).columns - sum(widths) - 10)
     print("\r\x1b[K" if sys.stdout.isatty() else "")
-    for *cells, result in rows:
-        aligned = [cell.rjust(width) if cell[:1] in "0123456789–" else cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        print("  ".join([*aligned, result[:room]]))
+    numbers = [Column("seconds", right=True), Column("tokens", right=True)]
+    table = Table(Column("task type"), Column("owner_ref"), Column("status"), *numbers, Column("result"))
+    print_lines(table.lines(map(_row, jobs)))
     counts = Counter(job.status for job in jobs)
     print(f"\n{len(jobs)} jobs: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
 
@@ -436,7 +433,7 @@ def _row(job: Job) -> tuple[str, ...]:
     seconds = f"{(job.finished_at - job.started_at).total_seconds():.2f}" if job.finished_at and job.started_at else ""
     tokens = (job.usage or {}).get("total_tokens")
     said = f"{job.error.category}: {job.error.message}" if job.error else _words(job)
-    return tuple(map(printable, (job.task_type, job.owner_ref, job.status, seconds, "–" if tokens is None else str(tokens), said)))
+    return (job.task_type, job.owner_ref, job.status, seconds, "–" if tokens is None else str(tokens), said)
 
 
 def _words(job: Job) -> str:
