@@ -68,13 +68,13 @@ def test_the_threads_leave_a_core_that_others_use(tmp_path: Path, any_core: None
     core = Core(CORES, tmp_path / "stat")
     first, now = core.number, 0.0
     assert os.sched_getaffinity(0) == {first}
-    core.look(now)
+    core.rebalance(now)
     # Each look leaves it to chance: two services that share a core must not both leave it.
     while core.number == first and now < 400:
         busy[first] += 200
         write_busy(tmp_path / "stat", busy)
         now += 2
-        core.look(now)
+        core.rebalance(now)
     assert core.number != first
     assert os.sched_getaffinity(0) == {core.number}
 
@@ -88,7 +88,7 @@ def test_the_threads_stay_where_nobody_else_is(tmp_path: Path, any_core: None) -
     for look in range(40):
         busy[first] += 10
         write_busy(tmp_path / "stat", busy)
-        core.look(2.0 * look)
+        core.rebalance(2.0 * look)
     assert core.number == first
 
 
@@ -215,7 +215,7 @@ def test_waking_the_loop_more_often_than_it_listens_blocks_nobody() -> None:
             loop.wake()
         # The pipe is emptied turn by turn, and then nothing is left to do.
         for _ in range(20):
-            loop.turn(0)
+            loop.run_once(0)
         assert not select.select([server.trigger._fds[0]], [], [], 0)[0]
     finally:
         server.task_dispatcher.shutdown()

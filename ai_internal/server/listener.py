@@ -84,7 +84,7 @@ def connection_limit() -> int:
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(SPARE_FILES, min(MAX_CONNECTIONS, soft - SPARE_FILES))
 
 
-NO_ROOM = "too many large bodies and answers are in hand"
+OVER_BUDGET = "too many large bodies and answers are in hand"
 NO_THREAD = "too many requests are in hand"
 
 
@@ -117,7 +117,7 @@ GUARDS = (
 _GUARDED = [(b"\r\n" + guard.partition(b" ")[0], guard) for guard in GUARDS]
 
 
-def completed(head: bytes, request_id: str) -> bytes:
+def complete_head(head: bytes, request_id: str) -> bytes:
     """The head of an answer with what is missing of the guards, and with the id of its request.
 
     Done in bytes: waitress takes 2 µs for each header it is given.
@@ -133,7 +133,7 @@ class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     def build_response_header(self) -> bytes:
         """The head of the answer, completed."""
         self.channel.status = self.status
-        return completed(super().build_response_header(), self.channel.request_id)
+        return complete_head(super().build_response_header(), self.channel.request_id)
 
     def execute(self) -> None:
         """Writes the answer and closes the connection."""
@@ -144,7 +144,7 @@ class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
-class Room:
+class ByteBudget:
     """How many bytes of large bodies and answers may be in hand at once: each is several times in memory while it is handled."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -159,7 +159,7 @@ class Room:
             self._left -= count
             return True
 
-    def give(self, count: int) -> None:
+    def give_back(self, count: int) -> None:
         """Gives so many bytes back."""
         with self._lock:
             self._left += count
@@ -182,26 +182,26 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
         if self.channel.server.draining:
             self.request.headers["CONNECTION"] = "close"
         self.channel.status = self.status
-        self.channel.head = completed(super().build_response_header(), self.channel.request_id)
+        self.channel.head = complete_head(super().build_response_header(), self.channel.request_id)
 
     def write(self, data: bytes) -> None:
         """Sends a part of the body, or the head alone where there is none. A large one that finds no room becomes a refusal."""
-        if len(data) > LARGE_BYTES and not self.wrote_header and not self._finds_room(len(data)):
-            self.status, headers, data = refusal(self.channel.server, Unavailable(NO_ROOM))
+        if len(data) > LARGE_BYTES and not self.wrote_header and not self._fits_budget(len(data)):
+            self.status, headers, data = refusal(self.channel.server, Unavailable(OVER_BUDGET))
             self.response_headers, self.content_length = headers, len(data)
         super().write(data)
         self.channel.write_soon(b"")
 
-    def _finds_room(self, size: int) -> bool:
+    def _fits_budget(self, size: int) -> bool:
         """The room of the request's body serves for its answer. What has changed something is told in any case."""
         more = max(0, size - self.request.taken)
-        found: bool = self.channel.server.adj.room.take(more, must=self.request.command not in ("GET", "HEAD"))
-        if found:
+        fits: bool = self.channel.server.adj.budget.take(more, must=self.request.command not in ("GET", "HEAD"))
+        if fits:
             self.taken, self.request.taken = self.request.taken + more, 0
-        return found
+        return fits
 
 
-class Nowhere:
+class DiscardBuffer:
     """Where a body goes that is refused on its way: a client that is still sending would not see the answer."""
 
     def append(self, data: bytes) -> None:
@@ -235,19 +235,19 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         except ValueError:  # waitress lets some through: a broken IPv6 address as host, a length of 5,000 digits
             self.error, self.completed = waitress.utilities.BadRequest("the request line or a header cannot be read"), True
             return len(data)
-        if not self.error and (mistake := self._mistake()):
-            self.error, self.completed = waitress.utilities.BadRequest(mistake), True
+        if not self.error and (framing_error := self._framing_error()):
+            self.error, self.completed = waitress.utilities.BadRequest(framing_error), True
         limit = self.adj.body_limit_bytes
         if not self.error and (self.content_length > limit or (self.body_rcv is not None and len(self.body_rcv) > limit)):
             self.error, self.completed = waitress.utilities.RequestEntityTooLarge("the body is too large"), True
         if self.body_rcv is not None and not self.error:
-            self._take_in()
+            self._check_body()
         if self.error:
             # Or waitress would ask for the body all the same.
             self.expect_continue = False
         return used
 
-    def _mistake(self) -> str | None:
+    def _framing_error(self) -> str | None:
         """What is wrong with the ways in which a body can tell its length. A proxy before us may have believed another one."""
         if "TRANSFER_ENCODING" in self.headers:  # waitress leaves it there where it has not heeded it (RFC 9112, 6.1)
             return "only HTTP/1.1 has Transfer-Encoding"
@@ -260,13 +260,13 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         framing = self.body_bytes_received - len(self.body_rcv)
         return "the chunks are too small" if framing > len(self.body_rcv) + MAX_FRAMING_BYTES and not self.refused else None
 
-    def _take_in(self) -> None:
+    def _check_body(self) -> None:
         if not (self.completed or self.admitted or self.refused):
             self.admitted = self.adj.admits(self.headers.get("AUTHORIZATION"))
             self._refuse_unless(self.admitted, Unauthorized("unknown"))
         size = len(self.body_rcv)
         if size > max(self.taken, LARGE_BYTES) and not self.refused:
-            self._refuse_unless(self.adj.room.take(size - self.taken), Unavailable(NO_ROOM))
+            self._refuse_unless(self.adj.budget.take(size - self.taken), Unavailable(OVER_BUDGET))
             self.taken = 0 if self.refused else size
         if self.refused and self.completed:
             self.error = self.refused
@@ -276,12 +276,12 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         if not may_come:
             self.refused = error
             self.close()
-            self.body_rcv.buf = Nowhere()
+            self.body_rcv.buf = DiscardBuffer()
 
     def close(self) -> None:
         """Forgets the body."""
         super().close()
-        self.adj.room.give(self.taken)
+        self.adj.budget.give_back(self.taken)
         self.taken = 0
 
 
@@ -294,7 +294,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     head = b""
     held = 0
     # Bytes that came and went; requests that came whole, and answers that were written.
-    moved = ended = 0
+    bytes_moved = ended = 0
     queued_at = 0.0
     # Of the request that is being answered; no status before the head of its answer.
     request_id = status = ""
@@ -320,7 +320,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     def received(self, data: bytes) -> bool:
         """Takes in what came."""
-        self.moved += len(data)
+        self.bytes_moved += len(data)
         taken: bool = super().received(data)
         self.ended += self.request is None
         return taken
@@ -328,18 +328,18 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     def send(self, data: bytes, do_close: bool = True) -> int:  # noqa: FBT001, FBT002  waitress' own name
         """Hands over to the system, and returns how much it took."""
         sent: int = super().send(data, do_close=do_close)
-        self.moved += sent
+        self.bytes_moved += sent
         return sent
 
     def is_stalled(self, now: float) -> bool:
         """Whether a request has been on its way in, or an answer out, for long and at less than the pace. Asked now and then."""
-        ended, moved, since = self._seen
+        ended, bytes_moved, since = self._seen
         under_way = self.total_outbufs_len or (self.request is not None and self.readable())
-        if not under_way or self.ended != ended or self.moved - moved >= self.adj.stall_seconds * PACE_BYTES_PER_SECOND:
-            self._seen = (self.ended, self.moved, since := now)
+        if not under_way or self.ended != ended or self.bytes_moved - bytes_moved >= self.adj.stall_seconds * PACE_BYTES_PER_SECOND:
+            self._seen = (self.ended, self.bytes_moved, since := now)
         return bool(now - since > self.adj.stall_seconds)
 
-    def let_go(self) -> None:
+    def drop(self) -> None:
         """Closes the connection at once, with all that the system still holds for it. Called by the loop."""
         with contextlib.suppress(OSError):
             self.socket.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
@@ -375,13 +375,13 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Keeps the room of an answer until its last byte was sent."""
         with self.outbuf_lock:
             self.held += count
-            self._let_go()
+            self._return_budget()
 
     def handle_write(self) -> None:
         """Sends more of what waits."""
         super().handle_write()
         with self.outbuf_lock:
-            self._let_go()
+            self._return_budget()
 
     def handle_close(self) -> None:
         """The client has gone, or is let go; a request that has not come whole will not."""
@@ -389,11 +389,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             self.request.close()
         super().handle_close()
         with self.outbuf_lock:
-            self._let_go()
+            self._return_budget()
 
-    def _let_go(self) -> None:
+    def _return_budget(self) -> None:
         if self.held and not self.total_outbufs_len:
-            self.adj.room.give(self.held)
+            self.adj.budget.give_back(self.held)
             self.held = 0
 
     def write_soon(self, data: bytes | None) -> int:
@@ -439,11 +439,11 @@ class Loop:
         self._server, self._selector = server, selectors.DefaultSelector()
         self._watched: dict[int, int] = {}
         self.changed: deque[Any] = deque([server.trigger])
-        self._look_at = 0.0
+        self._check_at = 0.0
         # A signal handler writes to it: it must not wait for the loop it interrupts.
         os.set_blocking(server.trigger.trigger, False)
 
-    def turn(self, seconds: float) -> None:
+    def run_once(self, seconds: float) -> None:
         """Serves what is ready, after so many seconds at most."""
         self._watch(self._server)
         while self.changed:
@@ -454,9 +454,9 @@ class Loop:
                 waitress.wasyncore.readwrite(each, POLLED[ready])
                 self._watch(each)
         # After what came was read: that nobody looked for a while is not the clients' fault.
-        if (now := time.monotonic()) >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
-            self._look(now)
+        if (now := time.monotonic()) >= self._check_at:
+            self._check_at = now + LOOK_SECONDS
+            self._check_channels(now)
 
     def wake(self) -> None:
         """Ends a turn that waits. Called by other threads and by signals."""
@@ -472,7 +472,7 @@ class Loop:
         if self._watched.pop(fd, 0):
             self._selector.unregister(fd)
 
-    def _look(self, now: float) -> None:
+    def _check_channels(self, now: float) -> None:
         """Lets go who moves too little, and at the limit the half that was silent longest; refuses what waited long for a thread."""
         channels = list(self._server.active_channels.values())
         leaving = [channel for channel in channels if channel.is_stalled(now)]
@@ -480,13 +480,13 @@ class Loop:
             silent = sorted((channel for channel in channels if not channel.requests), key=lambda channel: channel.last_activity)
             leaving += silent[: len(channels) // 2]
         for channel in set(leaving):
-            channel.let_go()
+            channel.drop()
         # waitress marks those that were silent for two minutes.
         self.changed.extend(channel for channel in channels if channel.will_close)
-        for channel in self._taken_back(now - QUEUE_SECONDS):
+        for channel in self._take_late(now - QUEUE_SECONDS):
             self._server.refusing.add_task(channel)
 
-    def _taken_back(self, queued_before: float) -> list[Channel]:
+    def _take_late(self, queued_before: float) -> list[Channel]:
         """Channels that no thread has come to, out of the queue."""
         dispatcher, late = self._server.task_dispatcher, []
         with dispatcher.lock:
@@ -517,17 +517,17 @@ class Core:
 
     def __init__(self, cores: Collection[int], stat: Path = Path("/proc/stat")) -> None:
         self._cores, self._stat = sorted(cores), stat
-        self._busy, self._own, self._look_at = self._ticks(BUSY), time.process_time(), 0.0
+        self._busy, self._own, self._rebalance_at = self._ticks(BUSY), time.process_time(), 0.0
         # Where a disk or a network card interrupts, a fifth less is done.
         interrupted = self._ticks(INTERRUPTS)
         self.number = min(self._cores, key=lambda core: interrupted.get(core, 0))
-        self._move()
+        self._pin_threads()
 
-    def look(self, now: float) -> None:
+    def rebalance(self, now: float) -> None:
         """Every two seconds: whether what others run here is more than elsewhere, and a move by chance if so: others may do the same."""
-        if now < self._look_at:
+        if now < self._rebalance_at:
             return
-        self._look_at = now + CORE_SECONDS
+        self._rebalance_at = now + CORE_SECONDS
         busy, own = self._ticks(BUSY), time.process_time()
         load: dict[int, float] = {core: busy[core] - self._busy.get(core, 0) for core in self._cores if core in busy}
         if self.number in load:
@@ -535,7 +535,7 @@ class Core:
             best = min(load, key=lambda core: load[core])
             if load[self.number] - load[best] > CORE_SECONDS * TICKS / 4 and random.random() < 0.5:
                 self.number = best
-                self._move()
+                self._pin_threads()
         self._busy, self._own = busy, own
 
     def _ticks(self, columns: Sequence[int]) -> dict[int, int]:
@@ -547,7 +547,7 @@ class Core:
         lines = (line.split() for line in text.splitlines() if re.match(r"cpu\d", line))
         return {int(name[3:]): sum(int(fields[column]) for column in columns) for name, *fields in lines}
 
-    def _move(self) -> None:
+    def _pin_threads(self) -> None:
         for thread in Path("/proc/self/task").iterdir():
             with contextlib.suppress(OSError):  # one that has just ended
                 os.sched_setaffinity(int(thread.name), {self.number})
@@ -582,7 +582,7 @@ class Server:
         self._drain, self._drain_seconds = drain, drain_seconds
         cores = os.sched_getaffinity(0) if one_core and hasattr(os, "sched_getaffinity") else ()
         self._core = Core(cores) if len(cores) > 1 else None
-        self._times_told, self._closes_at = 0, math.inf
+        self._end_calls, self._closes_at = 0, math.inf
         # A client that hangs up is only noticed while its connection is read: hence one request of look-ahead.
         self._waitress = waitress.server.create_server(
             app,
@@ -602,7 +602,7 @@ class Server:
         self._waitress.channel_class = Channel
         self._waitress.loop = self._loop = Loop(self._waitress)
         self._waitress.adj.body_limit_bytes = max_body_bytes
-        self._waitress.adj.room = Room(max(max_bodies_bytes, max_body_bytes))
+        self._waitress.adj.budget = ByteBudget(max(max_bodies_bytes, max_body_bytes))
         self._waitress.adj.stall_seconds = stall_seconds
         self._waitress.adj.admits = admits
         self._waitress.refusing = self._threads(2)
@@ -617,34 +617,34 @@ class Server:
         return dispatcher
 
     def end(self, *_signal: object) -> None:
-        """Told once, the server drains; told again, it closes now. A signal handler: it may interrupt anything, so it only leaves word."""
-        self._times_told += 1
+        """Called once, the server drains; called again, it closes now. A signal handler: it may interrupt anything, so it only counts."""
+        self._end_calls += 1
         self._loop.wake()
 
     def run(self) -> None:
         """Returns when the listener has closed and what was being answered has been."""
         while True:
-            self._heed()
+            self._follow_signals()
             if self._core:
-                self._core.look(time.monotonic())
+                self._core.rebalance(time.monotonic())
             left = self._closes_at - time.monotonic()
             if left <= 0:
                 break
-            self._loop.turn(min(1.0, left))
+            self._loop.run_once(min(1.0, left))
         self._close_listener()
         deadline = time.monotonic() + LAST_ANSWERS_SECONDS
         # What has come by now is read before anybody asks whether there is something left to do.
-        self._loop.turn(0.1)
+        self._loop.run_once(0.1)
         while self._is_busy() and time.monotonic() < deadline:
-            self._loop.turn(0.1)
+            self._loop.run_once(0.1)
         self._waitress.task_dispatcher.shutdown()
         for threads in (self._waitress.refusing, *self._waitress.apart.values()):
             threads.shutdown()
 
-    def _heed(self) -> None:
-        if self._times_told > 1:
+    def _follow_signals(self) -> None:
+        if self._end_calls > 1:
             self._closes_at = 0.0
-        if self._times_told and not self._waitress.draining:
+        if self._end_calls and not self._waitress.draining:
             self._waitress.draining = True
             log.info("service_draining seconds=%g", self._drain_seconds)
             self._drain()
