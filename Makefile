@@ -79,7 +79,7 @@ model: $(VENV)/.ready
 	MODEL_EXAMPLES=$${MODEL_EXAMPLES:-400} MODEL_STEPS=$${MODEL_STEPS:-60} $(VENV)/bin/python -m pytest -s tests/test_model.py
 
 # What the contract says of one job and many; the other tests look at the database or at processes.
-POOLED = states claim finish repeats create listing payloads stats waiting gathering bad_input pgbouncer
+POOLED = states claim finish repeats create listing payloads stats waiting group_commit bad_input pgbouncer
 
 pgbouncer: $(VENV)/.ready
 	TEST_POOL_MODE=transaction $(VENV)/bin/python -m pytest $(TESTS) $(POOLED:%=tests/test_%.py)

@@ -10,17 +10,16 @@ import functools
 import signal
 import sys
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import falcon
 import ground  # noqa: F401  puts the source on the path
 
-import ai_service
 from ai_internal.server.database import Database
 from ai_internal.server.database_url import read_database_url
+from ai_internal.server.group_commit import GroupCommit
 from ai_internal.server.listener import Server, listen
-from ai_internal.server.requests import NewJob, read_body
+from ai_internal.server.requests import Body, NewJob
+from ai_internal.server.web import SameSiteMiddleware, problem_of_server
 
 # As long as the answer to a create.
 ANSWER = b'{"id":"' + b"x" * 640 + b'"}'
@@ -32,20 +31,19 @@ def commit(database: Database, jobs: Sequence[NewJob]) -> Sequence[object]:
     return jobs
 
 
-class Jobs(ai_service.Resource):
+class Jobs:
     """POST reads and checks a job as the service does."""
 
     def __init__(self, database: Database | None) -> None:
-        self.service: Any = SimpleNamespace(settings=SimpleNamespace(max_body_bytes=32 << 20))
-        self.committing = ai_service.Gathering(functools.partial(commit, database)) if database else None
+        self.committing = GroupCommit(functools.partial(commit, database)) if database else None
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         """Forgets the job."""
-        job = read_body(self.body(request), NewJob)
+        job = Body(NewJob).read(request.bounded_stream.read())
         if self.committing:
-            self.committing.call(job, len(job.input))
+            self.committing.run(job, len(job.input))
         response.location = "/api/v1/jobs/0"
-        ai_service.send(response, ANSWER, falcon.HTTP_201)
+        response.status, response.data = falcon.HTTP_201, ANSWER
 
 
 class Health:
@@ -53,7 +51,7 @@ class Health:
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         """Asks nobody."""
-        ai_service.send(response, '{"status":"ok","version":"0.0.0"}')
+        response.data = b'{"status":"ok","version":"0.0.0"}'
 
 
 def main() -> None:
@@ -61,7 +59,7 @@ def main() -> None:
     database = Database(read_database_url(sys.argv[1]), "public", 8) if sys.argv[1:] else None
     if database:
         database.script("create table if not exists floor (n int)")
-    app = falcon.App(middleware=[ai_service.Strictness()])
+    app = falcon.App(middleware=[SameSiteMiddleware()])
     app.add_route("/api/v1/jobs", Jobs(database))
     app.add_route("/healthz", Health())
     listener = listen("127.0.0.1", 0)
@@ -74,7 +72,7 @@ def main() -> None:
         stall_seconds=30,
         apart=(),
         admits=lambda _: True,
-        problem=ai_service.refused_by_server,
+        problem=problem_of_server,
         drain=lambda: None,
         drain_seconds=0,
         one_core=True,

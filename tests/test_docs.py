@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from service import Answer, Api, Service
 
-from ai_internal.server.openapi import OPERATIONS
+from ai_internal.server.operations import OPERATIONS
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 QUIET = "--disable-sync --enable-logging=stderr --virtual-time-budget=5000 --dump-dom"

@@ -185,7 +185,7 @@ def test_without_the_database_the_process_still_tells_of_itself() -> None:
 
 def test_label_values_are_bounded() -> None:
     metrics = Metrics("0")
-    metrics.moved([Move("created", "owner", f"profile-{number}", None, None, 1) for number in range(500)])
+    metrics.count_moves([Move("created", "owner", f"profile-{number}", None, None, 1) for number in range(500)])
     found = samples(metrics.text(None, waiting=0, in_use=0, connections=0))
     created = {dict(labels)["model_profile"]: value for (name, labels), value in found.items() if name == "ai_service_jobs_created_total"}
     assert len(created) == 201
@@ -195,7 +195,7 @@ def test_label_values_are_bounded() -> None:
 def test_a_duration_is_counted_below_the_border_that_it_is_below() -> None:
     metrics = Metrics("0")
     # Bucket 0 of the ledger reaches from 1.0 to 1.2 ms, bucket 6 from 2.99 to 3.58 ms.
-    metrics.moved([Move("claimed", "owner", "profile", None, 0, 3), Move("claimed", "owner", "profile", None, 6, 2)])
+    metrics.count_moves([Move("claimed", "owner", "profile", None, 0, 3), Move("claimed", "owner", "profile", None, 6, 2)])
     found = samples(metrics.text(None, waiting=0, in_use=0, connections=0))
     name = "ai_service_job_waiting_seconds_bucket"
     up_to = [found[name, frozenset({"model_profile": "profile", "le": str(border(number))}.items())] for number in range(3)]

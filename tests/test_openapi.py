@@ -20,14 +20,14 @@ import falcon
 import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from service import Answer, Api, Corner, Service, encoded, running_service
+from service import Answer, Api, Corner, Service, encoded, running_service, wait_until
 
 from ai_internal.server import requests
-from ai_internal.server.answers import WORDS
-from ai_internal.server.openapi import OPERATIONS
+from ai_internal.server.openapi import WORDS
+from ai_internal.server.operations import OPERATIONS
 from ai_internal.server.requests import Check, Refusal
-from ai_service import STATUS_OF, Settings, create_app
 from ai_service import Service as Application
+from ai_service import Settings, create_app
 
 HERE = Path(__file__).parent
 UNKNOWN = "01890a5d-ac96-774b-bcce-b302099a8057"
@@ -84,7 +84,7 @@ def routes(nodes: Iterable[Any]) -> Iterator[tuple[str, str]]:
 def test_every_refusal_is_told_with_its_title_and_status(document: dict[str, Any]) -> None:
     codes = document["components"]["schemas"]["Problem"]["properties"]["code"]["oneOf"]
     told = {each["const"]: (each["title"], each["description"]) for each in codes}
-    assert told == {kind.code: (kind.title(), str(status)) for kind, status in ({**STATUS_OF, Refusal: 500}).items()}
+    assert told == {kind.code: (kind.title(), str(kind.status)) for kind in (Refusal, *Refusal.__subclasses__())}
 
 
 def test_every_field_is_described_and_no_word_is_left_over(document: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ FIELDS = sorted(
 )
 FILLED: dict[str, Any] = {name: {} for name in FIELDS}
 NO_FIELD = "is not a field of this request"
-BODIES = [key for key, operation in OPERATIONS.items() if operation.body]
+BODIES = [key for key, operation in OPERATIONS.items() if operation.request]
 
 
 def told_of(problems: list[dict[str, str]], message: str) -> set[str]:
@@ -325,10 +325,9 @@ def look_around(told: Told, corner: Corner) -> None:
     assert told("POST", "/api/v1/pause", {"model_profiles": [corner.model_profile]}).json["paused"]
     assert told("GET", "/api/v1/pause").json["paused"]
     told("POST", "/api/v1/resume", {"model_profiles": [corner.model_profile]})
-    stats = told("GET", "/api/v1/stats", query="?window_seconds=604800").json
-    assert stats["errors"]
+    stats = wait_until(lambda: (seen := told("GET", "/api/v1/stats", query="?window_seconds=604800").json)["errors"] and seen)
     assert stats["usage"]
-    assert [each for each in told("GET", "/api/v1/workers").json["workers"] if each["worker_id"] == corner.worker_id]
+    wait_until(lambda: [each for each in told("GET", "/api/v1/workers").json["workers"] if each["worker_id"] == corner.worker_id])
     assert told("GET", "/api/v1/providers/status").json["providers"]
     for method, path in itertools.product(("GET", "HEAD", "OPTIONS"), ("/healthz", "/readyz")):
         told(method, path)

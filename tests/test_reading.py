@@ -1,8 +1,8 @@
-"""Requests are read in one go where nothing is wrong with them; what is wrong is found in a second look. Both must mean the same."""
+"""msgspec reads requests, and cattrs explains what it refused: each refusal has an explanation, and nothing else has one."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import os
 import uuid
@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 
 from ai_internal.server import requests
 from ai_internal.server.requests import (
-    UNCLEAR,
-    BatchReader,
+    BatchBody,
+    Body,
+    BulkBody,
+    BulkHeartbeat,
     BulkRetry,
     Cancellation,
     ClaimRequest,
     Completion,
     Failure,
     Heartbeat,
-    ItemsReader,
     JobIds,
     NewJob,
     PauseRequest,
@@ -34,9 +35,9 @@ from ai_internal.server.requests import (
     Retry,
     Usage,
     WorkerReport,
+    explanation,
     read_object,
     reader_of,
-    structure,
 )
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
@@ -122,14 +123,29 @@ def objects(kind: type[Any]) -> st.SearchStrategy[str]:
     return members(kind).map(lambda told: "{" + ", ".join(f'"{name}": {text}' for name, text in told) + "}")
 
 
-def agree(at_once: Callable[[], Any], explained: Callable[[], Any]) -> bool:
-    """Whether it was read at once; asserts that the second look would have taken it for the same."""
-    try:
-        read = at_once()
-    except UNCLEAR:
+def fields(body: bytes) -> dict[str, msgspec.Raw] | None:
+    """The members of a body; None where it is not a JSON object."""
+    with contextlib.suppress(Refusal):
+        return read_object(body)
+    return None
+
+
+def is_read_or_explained(body: bytes, kind: type[Any]) -> bool:
+    """Whether a body is read; asserts that what is refused is what an explanation is found for."""
+    members = fields(body)
+    if members is None:
+        with pytest.raises(Refusal):
+            Body(kind).read(body)
         return False
-    assert read == explained()
-    return True
+    wrong = explanation(members, kind, "")
+    if wrong is None:
+        assert isinstance(Body(kind).read(body), kind)
+        return True
+    with pytest.raises(type(wrong)) as refused:
+        Body(kind).read(body)
+    assert refused.value.errors == wrong.errors
+    assert wrong.errors
+    return False
 
 
 def often(times: int = 1) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -140,71 +156,102 @@ def often(times: int = 1) -> Callable[[Callable[..., None]], Callable[..., None]
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @often(3)
 @given(data=st.data())
-def test_what_is_read_at_once_would_be_taken_for_the_same_at_a_second_look(kind: type[Any], data: st.DataObject) -> None:
-    body = data.draw(objects(kind)).encode()
-    agree(lambda: reader_of(kind).read(body), lambda: structure(read_object(body), kind))
-
-
-@often(3)
-@given(defaults=st.none() | objects(requests.JobDefaults), jobs=st.lists(objects(NewJob), max_size=3))
-def test_a_batch_read_at_once_would_be_taken_for_the_same_at_a_second_look(defaults: str | None, jobs: list[str]) -> None:
-    given_defaults = "" if defaults is None else f'"defaults": {defaults}, '
-    body = f'{{{given_defaults}"jobs": [{", ".join(jobs)}]}}'.encode()
-    agree(lambda: BatchReader().read(body), lambda: requests._structure_batch(body))
+def test_a_body_is_read_or_its_refusal_is_explained(kind: type[Any], data: st.DataObject) -> None:
+    is_read_or_explained(data.draw(objects(kind)).encode(), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_every_text_in_every_field_means_the_same_at_once_and_at_a_second_look(kind: type[Any]) -> None:
+def test_every_text_in_every_field_is_read_or_its_refusal_is_explained(kind: type[Any]) -> None:
     for field in attrs.fields(kind):
         name = "from" if field.name == "from_" else field.name
         others = ", ".join(f'"{other}": {json.dumps(value)}' for other, value in GOOD[kind].items() if other != name)
         for text in TEXTS:
-            body = f'{{"{name}": {text}{", " if others else ""}{others}}}'.encode()
-            agree(functools.partial(reader_of(kind).read, body), lambda: structure(read_object(body), kind))  # noqa: B023  called at once
-
-
-@pytest.mark.parametrize("name", [field.name for field in attrs.fields(NewJob)])
-def test_a_default_read_at_once_means_what_it_means_at_a_second_look(name: str) -> None:
-    facts = {"owner_service": '"a"', "task_type": '"a"', "model_profile": '"a"', "owner_ref": '"a"', "input": "1"}
-    job = ", ".join(f'"{each}": {value}' for each, value in facts.items() if each != name)
-    for text in TEXTS:
-        body = f'{{"defaults": {{"{name}": {text}}}, "jobs": [{{{job}}}, {{{job}, "{name}": null}}]}}'.encode()
-        agree(functools.partial(BatchReader().read, body), functools.partial(requests._structure_batch, body))
+            is_read_or_explained(f'{{"{name}": {text}{", " if others else ""}{others}}}'.encode(), kind)
 
 
 @pytest.mark.parametrize("kind", GOOD, ids=lambda kind: kind.__name__)
-def test_a_request_in_which_nothing_is_wrong_needs_no_second_look(kind: type[Any]) -> None:
-    body = msgspec.json.encode(GOOD[kind])
-    assert agree(lambda: reader_of(kind).read(body), lambda: structure(read_object(body), kind))
+def test_a_right_request_needs_no_explanation(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "explanation", None)
+    assert reader_of(kind).read(msgspec.json.encode(GOOD[kind])) == Body(kind).read(msgspec.json.encode(GOOD[kind]))
 
 
-def test_a_batch_in_which_nothing_is_wrong_needs_no_second_look() -> None:
+@often(3)
+@given(defaults=st.none() | objects(requests.JobDefaults), jobs=st.lists(objects(NewJob), max_size=3))
+def test_a_job_of_a_batch_is_read_as_alone_with_the_defaults_it_does_not_have(defaults: str | None, jobs: list[str]) -> None:
+    given_defaults = "" if defaults is None else f'"defaults": {defaults}, '
+    body = f'{{{given_defaults}"jobs": [{", ".join(jobs)}]}}'.encode()
+    try:
+        made = BatchBody().read(body)
+    except Refusal:
+        return
+    common = read_object((defaults or "{}").encode())
+    assert made == [Body(NewJob).read(msgspec.json.encode({**common, **read_object(job.encode())})) for job in jobs]
+
+
+@pytest.mark.parametrize("name", [field.name for field in attrs.fields(NewJob)])
+def test_a_default_is_read_as_the_field_of_a_job(name: str) -> None:
+    facts = {"owner_service": '"a"', "task_type": '"a"', "model_profile": '"a"', "owner_ref": '"a"', "input": "1"}
+    job = ", ".join(f'"{each}": {value}' for each, value in facts.items() if each != name)
+    for text in TEXTS:
+        alone = f'{{{job}, "{name}": {text}}}'.encode()
+        batch = f'{{"defaults": {{"{name}": {text}}}, "jobs": [{{{job}}}]}}'.encode()
+        if name in ("owner_ref", "idempotency_key") or not is_read_or_explained(alone, NewJob):
+            with pytest.raises(Refusal):
+                BatchBody().read(batch)
+        else:
+            assert BatchBody().read(batch) == [Body(NewJob).read(alone)]
+
+
+def test_a_field_that_is_present_in_the_job_wins_over_the_default_null_too() -> None:
     defaults = {"owner_service": "a", "task_type": "b", "model_profile": "c", "input": 1, "priority": 3, "run_at": "2026-01-01T00:00:00Z"}
     jobs = [{"owner_ref": "d"}, {"owner_ref": "e", "priority": None, "input": None}, GOOD[NewJob]]
-    body = msgspec.json.encode({"defaults": defaults, "jobs": jobs})
-    assert agree(lambda: BatchReader().read(body), lambda: requests._structure_batch(body))
-    first, second, third = BatchReader().read(body)
+    first, second, third = BatchBody().read(msgspec.json.encode({"defaults": defaults, "jobs": jobs}))
     assert (first.priority, first.input, first.run_at) == (3, "1", "2026-01-01T00:00:00Z")
-    assert (second.priority, second.input) == (None, "null")
+    assert (second.priority, second.input) == (0, "null")
     assert third.owner_ref == "d"
 
 
-@pytest.mark.parametrize("kind", [Completion, Failure, Heartbeat, Release], ids=lambda kind: kind.__name__)
-def test_items_in_which_nothing_is_wrong_need_no_second_look(kind: type[Any]) -> None:
-    body = msgspec.json.encode({"jobs": [{"id": UUID.upper(), **GOOD[kind]}], "worker": {"capacity": 1}})
-    [(job_id, item)], beside = ItemsReader(kind, ["worker"]).read(body)
-    assert (job_id, bytes(beside["worker"])) == (UUID, b'{"capacity":1}')
-    assert item == structure(msgspec.Raw(msgspec.json.encode(GOOD[kind])), kind)
-
-
-@pytest.mark.parametrize("ill", ['"id": "no uuid"', '"id": null', '"other": 1', ""])
-def test_an_ill_item_takes_the_second_look(ill: str) -> None:
-    told = ", ".join(filter(None, [ill, f'"claim_id": "{UUID}"', '"result": 1']))
-    with pytest.raises(UNCLEAR):
-        ItemsReader(Completion, []).read(f'{{"jobs": [{{{told}}}]}}'.encode())
-
-
-def test_only_the_second_look_explains() -> None:
+@pytest.mark.parametrize("text", ["{}", "{ }", "null", '{"defaults": {}, "jobs": [{ }]}'])
+def test_an_empty_job_over_defaults_lacks_its_own_fields(text: str) -> None:
+    defaults = msgspec.json.encode({"owner_service": "a", "task_type": "b", "model_profile": "c", "input": 1})
     with pytest.raises(Refusal) as refused:
-        requests.read_body(b'{"worker_id": "", "limit": 0, "other": 1}', ClaimRequest)
+        BatchBody().read(b'{"defaults": %b, "jobs": [%b]}' % (defaults, text.encode()))
+    assert refused.value.errors
+
+
+@pytest.mark.parametrize("kind", [Completion, Failure, Heartbeat, Release], ids=lambda kind: kind.__name__)
+def test_an_item_is_read_as_the_request_for_one_job(kind: type[Any]) -> None:
+    body = msgspec.json.encode({"jobs": [{"id": UUID.upper(), **GOOD[kind]}], "worker": {"capacity": 1}})
+    items = BulkBody(kind, BulkHeartbeat).read(body)
+    [(job_id, item)] = items.entries
+    assert (job_id, items.beside.worker) == (UUID, '{"capacity":1}')
+    alone = Body(kind).read(msgspec.json.encode(GOOD[kind]))
+    assert {field.name: getattr(item, field.name) for field in attrs.fields(kind)} == attrs.asdict(alone, recurse=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "job_id", "errors"),
+    [
+        ('"id": "no uuid"', "no uuid", []),
+        ('"id": null', None, ["/jobs/1/id"]),
+        (f'"id": "{UUID}", "other": 1', UUID, ["/jobs/1/other"]),
+        ("", None, ["/jobs/1/id"]),
+    ],
+)
+def test_an_invalid_item_does_not_affect_the_others(wrong: str, job_id: str | None, errors: list[str]) -> None:
+    right = f'{{"id": "{UUID}", "claim_id": "{UUID}", "result": 1}}'
+    members = ", ".join(filter(None, [wrong, f'"claim_id": "{UUID}"', '"result": 1']))
+    first, (found, refusal), third = BulkBody(Completion).read(f'{{"jobs": [{right}, {{{members}}}, {right}]}}'.encode()).entries
+    assert (found, [error["path"] for error in refusal.errors]) == (job_id, errors)
+    assert first == third
+    assert first[1].result == "1"
+
+
+def test_an_explanation_names_every_problem() -> None:
+    with pytest.raises(Refusal) as refused:
+        Body(ClaimRequest).read(b'{"worker_id": "", "limit": 0, "other": 1}')
     assert sorted(error["path"] for error in refused.value.errors) == ["/limit", "/other", "/worker_id"]
+
+
+def test_of_a_name_that_comes_twice_the_last_counts() -> None:
+    assert Body(ClaimRequest).read(b'{"worker_id": "", "limit": "x", "limit": 3, "worker_id": "w"}').limit == 3

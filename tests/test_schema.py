@@ -62,10 +62,10 @@ def rows(database: Database, statement: str) -> list[list[object]]:
 
 def life(queue: Queue, jobs: list[NewJob]) -> list[str]:
     """Creates, claims and completes jobs; their ids."""
-    ids = [made.id for made in queue.create(jobs)]
+    ids = [made.id for made in queue.create_batch(jobs)]
     [claimed] = queue.claim([ClaimRequest("worker", limit=len(ids), claim_id=str(uuid.uuid4()))])
     assert isinstance(claimed, Claimed)
-    assert queue.complete(ids, [Completion(claimed.claim_id, "2")] * len(ids)) == ["ok"] * len(ids)
+    assert queue.complete_many(ids, [Completion(claimed.claim_id, "2")] * len(ids)) == ["ok"] * len(ids)
     return ids
 
 
@@ -186,11 +186,11 @@ def test_a_schema_newer_than_this_release_is_served_and_not_changed(queue: Queue
     migrate(queue.database)
     require_schema(queue.database)
     assert schema_version(queue.database) == SCHEMA_VERSION + 1
-    assert queue.create([new_job()])[0].created
+    assert queue.create_batch([new_job()])[0].created
 
 
 def test_applying_the_schema_again_keeps_the_jobs_and_lets_claims_go_on(queue: Queue) -> None:
-    [made] = queue.create([new_job()])
+    [made] = queue.create_batch([new_job()])
     queue.database.run("delete from schema_version")
     migrate(queue.database)
     [claimed] = queue.claim([ClaimRequest("worker", claim_id=str(uuid.uuid4()))])
@@ -201,7 +201,7 @@ def test_applying_the_schema_again_keeps_the_jobs_and_lets_claims_go_on(queue: Q
 def test_an_empty_schema_has_version_0_and_says_so(database: Database) -> None:
     assert schema_version(database) == 0
     with pytest.raises(SchemaMissing):
-        Queue(database).create([new_job()])
+        Queue(database).create_batch([new_job()])
 
 
 def test_a_service_that_may_not_migrate_waits_for_the_schema(postgres_url: str) -> None:
@@ -217,8 +217,8 @@ def test_a_service_that_may_not_migrate_waits_for_the_schema(postgres_url: str) 
 
 
 def test_ids_are_version_7_in_the_order_of_creation(queue: Queue) -> None:
-    ids = [made.id for made in queue.create([new_job(n) for n in range(500)])]
-    ids += [made.id for made in queue.create([new_job(n) for n in range(5)])]
+    ids = [made.id for made in queue.create_batch([new_job(n) for n in range(500)])]
+    ids += [made.id for made in queue.create_batch([new_job(n) for n in range(5)])]
     assert ids == sorted(ids)
     assert {each[14] for each in ids} == {"7"}
     assert {each[19] for each in ids} <= set("89ab")
@@ -259,7 +259,7 @@ def test_retention_drops_a_whole_partition_and_frees_its_keys(queue: Queue) -> N
     ids = life(queue, [new_job(n, idempotency_key=f"key-{n}") for n in range(20)])
     wait_until(lambda: retired(queue), 20)
     assert queue.get_many(ids) == [None] * 20
-    assert queue.create([new_job(0, idempotency_key="key-0")])[0].created, "the key of a job that has left is free"
+    assert queue.create_batch([new_job(0, idempotency_key="key-0")])[0].created, "the key of a job that has left is free"
     while queue.clear_retired(timedelta(milliseconds=1)):
         pass
     assert rows(queue.database, "select key from idempotency") == [["key-0"]]
@@ -270,7 +270,9 @@ def test_retention_drops_a_whole_partition_and_frees_its_keys(queue: Queue) -> N
 
 def test_retention_keeps_what_still_lives(queue: Queue) -> None:
     short_partition(queue)
-    pending, running, scheduled, finished = (made.id for made in queue.create([new_job(n, idempotency_key=f"key-{n}") for n in range(4)]))
+    pending, running, scheduled, finished = (
+        made.id for made in queue.create_batch([new_job(n, idempotency_key=f"key-{n}") for n in range(4)])
+    )
     queue.database.run(
         "insert into waiting (job_id, lane_id, run_at, attempt, releases, input_bytes) "
         "select job_id, lane_id, now() + interval '1 day', 0, 0, 1 from ready where job_id = :id::uuid",
@@ -289,7 +291,7 @@ def test_retention_keeps_what_still_lives(queue: Queue) -> None:
     assert [job is not None for job in kept] == [True, True, True, False]
     while queue.clear_retired(timedelta(milliseconds=1)):
         pass
-    assert [made.created for made in queue.create([new_job(n, idempotency_key=f"key-{n}") for n in range(4)])] == [
+    assert [made.created for made in queue.create_batch([new_job(n, idempotency_key=f"key-{n}") for n in range(4)])] == [
         False,
         False,
         False,
@@ -298,7 +300,7 @@ def test_retention_keeps_what_still_lives(queue: Queue) -> None:
 
 
 def test_what_was_kept_leaves_once_it_has_finished_and_aged(queue: Queue) -> None:
-    [made] = queue.create([new_job(idempotency_key="key")])
+    [made] = queue.create_batch([new_job(idempotency_key="key")])
     queue.cancel(made.id, "")
     queue.database.run("update ended set finished_at = now() - interval '2 days'")
     queue.clear_retired(timedelta(days=1))
@@ -308,7 +310,7 @@ def test_what_was_kept_leaves_once_it_has_finished_and_aged(queue: Queue) -> Non
 
 def test_a_partition_with_much_that_lives_is_left_for_later(queue: Queue) -> None:
     short_partition(queue)
-    queue.create([new_job(n) for n in range(5001)])
+    queue.create_batch([new_job(n) for n in range(5001)])
     wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
     assert retired(queue) is None
 
@@ -325,7 +327,7 @@ def test_the_time_the_service_was_away_lies_in_the_default_partition(queue: Queu
 
 def test_the_ledger_is_empty_after_a_fold_and_counts_what_is_there(queue: Queue) -> None:
     life(queue, [new_job(n) for n in range(7)])
-    queue.create([new_job(n) for n in range(3)])
+    queue.create_batch([new_job(n) for n in range(3)])
     queue.fold()
     assert rows(queue.database, "select count(*) from tally") == [[0]]
     assert rows(queue.database, "select ready, scheduled, running from lane_count") == [[3, 0, 0]]
@@ -339,7 +341,7 @@ def test_the_ledger_is_empty_after_a_fold_and_counts_what_is_there(queue: Queue)
 
 
 def test_a_ledger_row_that_becomes_visible_late_is_counted(queue: Queue) -> None:
-    queue.create([new_job()])
+    queue.create_batch([new_job()])
     queue.fold()
     queue.database.run("insert into tally (at, lane_id, event, n, ready) values (now() - interval '40 seconds', 1, 'created', 1, 1)")
     queue.fold()
@@ -357,12 +359,12 @@ def test_lanes_without_a_job_fall_idle_and_wake_with_the_next(queue: Queue) -> N
 
 
 def test_a_retry_wakes_an_idle_lane(queue: Queue) -> None:
-    [made] = queue.create([new_job()])
+    [made] = queue.create_batch([new_job()])
     queue.cancel(made.id, "")
     queue.fold()
     queue.database.run("update lane_count set moved_at = now() - interval '1 hour'")
     queue.upkeep({})
-    queue.retry_one(made.id, ["cancelled"])
+    queue.retry(made.id, ["cancelled"])
     [claimed] = queue.claim([ClaimRequest("worker", claim_id=str(uuid.uuid4()))])
     assert isinstance(claimed, Claimed)
     assert made.id in claimed.jobs
@@ -373,14 +375,14 @@ def test_2000_combinations_are_enough_and_idle_ones_do_not_count(queue: Queue) -
         "insert into lane (owner_service, task_type, model_profile, priority, idle) "
         "select 'owner' || i, 't', 'm', 0, i > 1999 from generate_series(1, 5000) i"
     )
-    assert queue.create([new_job()])[0].created
+    assert queue.create_batch([new_job()])[0].created
     with pytest.raises(Exception, match="2,000 combinations"):
-        queue.create([NewJob("one-more", "type", "profile", "ref", "1")])
-    assert queue.create([new_job()])[0].created
+        queue.create_batch([NewJob("one-more", "type", "profile", "ref", "1")])
+    assert queue.create_batch([new_job()])[0].created
 
 
 def test_rescue_is_bounded_per_call(queue: Queue) -> None:
-    queue.create([new_job(n) for n in range(1500)])
+    queue.create_batch([new_job(n) for n in range(1500)])
     for _ in range(2):
         queue.claim([ClaimRequest("worker", limit=1000, claim_id=str(uuid.uuid4()))])
     queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
@@ -396,22 +398,22 @@ def test_a_reader_that_holds_the_tables_stops_neither_upkeep_nor_creates(queue: 
         with pytest.raises(DatabaseBusy):
             queue.prepare_partitions(timedelta(days=30))
         assert time.monotonic() - start < 2
-        assert queue.create([new_job()])[0].created
+        assert queue.create_batch([new_job()])[0].created
     queue.prepare_partitions(timedelta(days=30))
 
 
 def test_what_comes_back_to_life_while_a_partition_is_retired_is_kept(queue: Queue, postgres_url: str) -> None:
     """A retry that was answered before the partition left, and one that had to wait for it."""
     short_partition(queue)
-    ids = [made.id for made in queue.create([new_job(n) for n in range(3)])]
+    ids = [made.id for made in queue.create_batch([new_job(n) for n in range(3)])]
     for each in ids:
         queue.cancel(each, "")
     wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
-    queue.retry_one(ids[0], ["cancelled"])
+    queue.retry(ids[0], ["cancelled"])
     with closing(connect(postgres_url, queue.database.schema)) as other, ThreadPoolExecutor(1) as threads:
         other.run("begin")
         other.run("select retired from retire_partition_v1(interval '1 millisecond')")
-        retried = threads.submit(queue.retry, [ids[1]], ["cancelled"])
+        retried = threads.submit(queue.retry_many, [ids[1]], ["cancelled"])
         wait_until(lambda: other.run("select count(*) from pg_locks where not granted") != [[0]])
         other.run("commit")
         assert retried.result(10) == ["job_not_found"], "it waited, and the job had left by then"
@@ -424,7 +426,7 @@ def test_what_comes_back_to_life_while_a_partition_is_retired_is_kept(queue: Que
 
 def test_one_full_partition_does_not_keep_the_next_from_leaving(queue: Queue) -> None:
     short_partition(queue)
-    queue.create([new_job(n) for n in range(5001)])
+    queue.create_batch([new_job(n) for n in range(5001)])
     wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
     short_partition(queue)
     wait_until(lambda: rows(queue.database, "select bool_and(border < now()) from partition_borders('job')") == [[True]], 10)
@@ -442,17 +444,17 @@ def test_claim_partitions_leave_even_where_jobs_stay_for_ever(queue: Queue) -> N
 
 
 def test_a_key_that_is_freed_while_it_is_looked_up_stands_for_the_new_job(queue: Queue, postgres_url: str) -> None:
-    [old] = queue.create([new_job(idempotency_key="key")])
+    [old] = queue.create_batch([new_job(idempotency_key="key")])
     queue.cancel(old.id, "")
     with closing(connect(postgres_url, queue.database.schema)) as other, ThreadPoolExecutor(1) as threads:
         other.run("begin")
         other.run("select delete_job_v1(:id::uuid)", id=old.id)
-        creating = threads.submit(queue.create, [new_job(idempotency_key="key")])
+        creating = threads.submit(queue.create_batch, [new_job(idempotency_key="key")])
         wait_until(lambda: other.run("select count(*) from pg_locks where not granted") != [[0]])
         other.run("commit")
         [made] = creating.result(10)
     assert made.created
-    assert queue.create([new_job(idempotency_key="key")])[0].id == made.id
+    assert queue.create_batch([new_job(idempotency_key="key")])[0].id == made.id
 
 
 def test_many_creates_with_the_key_of_a_job_that_has_left_make_one(queue: Queue) -> None:
@@ -461,24 +463,25 @@ def test_many_creates_with_the_key_of_a_job_that_has_left_make_one(queue: Queue)
             "insert into idempotency (owner_service, key, job_id) values ('owner', :key, gen_random_uuid())", key=f"key-{number}"
         )
         with ThreadPoolExecutor(4) as threads:
-            made = list(threads.map(lambda _, n=number: queue.create([new_job(idempotency_key=f"key-{n}")])[0], range(4)))
+            made = list(threads.map(lambda _, n=number: queue.create_batch([new_job(idempotency_key=f"key-{n}")])[0], range(4)))
         assert len({each.id for each in made}) == 1
         assert [each.created for each in made].count(True) == 1
 
 
 def test_absurd_usage_does_not_stop_the_counting(queue: Queue) -> None:
-    queue.create([new_job()])
+    queue.create_batch([new_job()])
     queue.database.run(
         "insert into tally (lane_id, event, n, prompt_tokens, audio_seconds) "
         "select 1, 'completed', 1, 1e15, 1e12 from generate_series(1, 20000)"
     )
     while queue.fold():
         pass
-    assert '"prompt_tokens" : 20000000000000000000' in queue.stats(3600)
+    [[stats]] = queue.database.run("select stats_v1(3600, null)")
+    assert '"prompt_tokens" : 20000000000000000000' in stats
 
 
 def test_the_ledger_is_folded_in_portions(queue: Queue) -> None:
-    queue.create([new_job()])
+    queue.create_batch([new_job()])
     queue.database.run("insert into tally (lane_id, event, n, ready) select 1, 'queued', 1, 1 from generate_series(1, 45000)")
     assert [queue.fold() for _ in range(4)] == [True, True, False, False]
     assert rows(queue.database, "select ready from lane_count") == [[45001]]
@@ -494,12 +497,12 @@ def test_applying_the_schema_again_waits_for_no_writer(queue: Queue, postgres_ur
 
 
 def test_a_pause_between_two_looks_at_the_lanes_leaves_the_claim_empty(queue: Queue) -> None:
-    queue.create([new_job()])
+    queue.create_batch([new_job()])
     with ThreadPoolExecutor(1) as threads:
         pausing = threads.submit(lambda: [(queue.pause(["owner"], None, None), queue.resume(["owner"], None, None)) for _ in range(100)])
         while not pausing.done():
             assert isinstance(queue.claim([ClaimRequest("worker", claim_id=str(uuid.uuid4()))])[0], Claimed)
-            queue.create([new_job()])
+            queue.create_batch([new_job()])
 
 
 def test_lists_that_take_long_leave_connections_to_everything_else(
@@ -522,7 +525,7 @@ def test_lists_that_take_long_leave_connections_to_everything_else(
 
 def test_16_mb_are_bytes_not_characters(queue: Queue) -> None:
     big = '"' + "я" * (3 << 20) + '"'
-    queue.create([NewJob("owner", "type", "profile", f"ref/{n}", big) for n in range(4)])  # type: ignore[arg-type]
+    queue.create_batch([NewJob("owner", "type", "profile", f"ref/{n}", big) for n in range(4)])  # type: ignore[arg-type]
     [claimed] = queue.claim([ClaimRequest("worker", limit=4, claim_id=str(uuid.uuid4()))])
     assert isinstance(claimed, Claimed)
     assert len(claimed.unread) == queue.read(claimed).jobs.count('"id"') == 2
@@ -530,7 +533,7 @@ def test_16_mb_are_bytes_not_characters(queue: Queue) -> None:
 
 def lapsed_job(queue: Queue) -> tuple[str, str]:
     """A job whose lease ran out, and the claim that had it."""
-    [made] = queue.create([new_job()])
+    [made] = queue.create_batch([new_job()])
     claim_id = str(uuid.uuid4())
     queue.claim([ClaimRequest("worker", claim_id=claim_id)])
     queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
@@ -541,9 +544,9 @@ def lapsed_job(queue: Queue) -> tuple[str, str]:
 def test_a_late_completion_counts_after_a_cancel_and_a_retry_and_keeps_its_start(queue: Queue) -> None:
     job_id, claim_id = lapsed_job(queue)
     queue.cancel(job_id, "")
-    assert queue.complete([job_id], [Completion(claim_id, "1")]) == ["job_cancelled"]
-    queue.retry_one(job_id, ["cancelled"])
-    assert queue.complete([job_id], [Completion(claim_id, "1")]) == ["ok"]
+    assert queue.complete_many([job_id], [Completion(claim_id, "1")]) == ["job_cancelled"]
+    queue.retry(job_id, ["cancelled"])
+    assert queue.complete_many([job_id], [Completion(claim_id, "1")]) == ["ok"]
     facts = queue.get(job_id).facts
     assert '"status":"completed"' in facts
     assert '"started_at":null' not in facts
@@ -552,26 +555,29 @@ def test_a_late_completion_counts_after_a_cancel_and_a_retry_and_keeps_its_start
 
 def test_late_completions_in_opposite_order_do_not_deadlock(queue: Queue) -> None:
     for _ in range(5):
-        ids = [made.id for made in queue.create([new_job(n) for n in range(6)])]
+        ids = [made.id for made in queue.create_batch([new_job(n) for n in range(6)])]
         claim_id = str(uuid.uuid4())
         queue.claim([ClaimRequest("worker", limit=6, claim_id=claim_id)])
         queue.database.run("update held set lease_expires_at = now() - interval '1 second'")
         assert queue.upkeep({})[0] == 6
         completions = [Completion(claim_id, "1")] * 6
         with ThreadPoolExecutor(2) as threads:
-            both = [threads.submit(queue.complete, ids, completions), threads.submit(queue.complete, ids[::-1], completions[::-1])]
+            both = [
+                threads.submit(queue.complete_many, ids, completions),
+                threads.submit(queue.complete_many, ids[::-1], completions[::-1]),
+            ]
             assert [each.result(20) for each in both] == [["ok"] * 6] * 2
 
 
 def test_the_same_job_twice_in_one_heartbeat_is_held_twice(queue: Queue) -> None:
-    [made] = queue.create([new_job()])
+    [made] = queue.create_batch([new_job()])
     claim_id = str(uuid.uuid4())
     queue.claim([ClaimRequest("worker", claim_id=claim_id)])
-    assert [beat.outcome for beat in queue.heartbeat([made.id] * 2, [Heartbeat(claim_id)] * 2)] == ["ok", "ok"]
+    assert [beat.outcome for beat in queue.heartbeat_many([made.id] * 2, [Heartbeat(claim_id)] * 2)] == ["ok", "ok"]
 
 
 def test_a_claim_beside_a_cancel_takes_the_next_job(queue: Queue, postgres_url: str) -> None:
-    first, second = queue.create([new_job(1), new_job(2)])
+    first, second = queue.create_batch([new_job(1), new_job(2)])
     with closing(connect(postgres_url, queue.database.schema)) as other, ThreadPoolExecutor(1) as threads:
         other.run("begin")
         other.run("select cancel_job_v1(:id::uuid, '')", id=first.id)

@@ -16,8 +16,8 @@ from postgres import connect
 from service import Answer, Api, Corner, Service, encoded, raw_post, wait_until, worker_process
 
 from ai_client import AIService, NotFound, ServiceError
+from ai_internal.server.group_commit import GroupCommit, _Waiter
 from ai_internal.telemetry import about, begin_request, child_of, read_traceparent, request_id, span_id, trace_id
-from ai_service import Gathering, _Call
 
 JOBS = "/api/v1/jobs"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -112,20 +112,20 @@ def test_a_statement_for_one_call_has_its_id_though_another_thread_makes_it() ->
         seen.append(request_id())
         raise ValueError(items)
 
-    gathering = Gathering(act)
+    commits = GroupCommit(act)
     begin_request("mine")
     with suppress(ValueError):
-        gathering.call("item", 1)
+        commits.run("item", 1)
     with about(request_id="of the leader"):
         mine, other = (make_call(each) for each in ("first", "second"))
-        gathering._answer([mine, other])
+        commits._answer([mine, other])
     assert seen == ["mine", "first,second", "first", "second"]
 
 
 def make_call(name: str) -> Any:
     """A call that waits, of a request with this id."""
     with about(request_id=name):
-        return _Call(name, 1)
+        return _Waiter(name, 1)
 
 
 def test_the_client_shows_the_id_of_a_refused_request(service: Service) -> None:

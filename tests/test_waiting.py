@@ -1,4 +1,4 @@
-"""The waiting room: many waiting requests, few statements; who is woken, by what, and who must get nothing."""
+"""The waiting long_poll: many waiting requests, few statements; who is woken, by what, and who must get nothing."""
 
 import threading
 import time
@@ -15,7 +15,8 @@ from service import wait_until
 from ai_internal.server.database import Database, migrate
 from ai_internal.server.database_url import read_database_url
 from ai_internal.server.requests import ClaimRequest, NewJob
-from ai_service import CLAIMED_AT_ONCE_BYTES, Claimed, Queue, WaitingRoom
+from ai_internal.server.waiting import Claimed, WaitingClaims
+from ai_service import CLAIMED_AT_ONCE_BYTES, Queue
 
 LATE_CREATE = (
     "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', "
@@ -53,10 +54,10 @@ def queue(database: Database) -> Queue:
 
 
 @pytest.fixture
-def room(queue: Queue) -> Iterator[WaitingRoom]:
-    room = WaitingRoom(queue, places=100)
-    yield room
-    room.close()
+def long_poll(queue: Queue) -> Iterator[WaitingClaims]:
+    long_poll = WaitingClaims(queue, places=100)
+    yield long_poll
+    long_poll.close()
 
 
 @pytest.fixture
@@ -74,11 +75,11 @@ def present() -> bool:
     return False
 
 
-def parked(room: WaitingRoom, threads: ThreadPoolExecutor, wishes: list[ClaimRequest]) -> list[Future[Claimed]]:
+def parked(long_poll: WaitingClaims, threads: ThreadPoolExecutor, wishes: list[ClaimRequest]) -> list[Future[Claimed]]:
     """Claims that wait."""
-    before = room.waiting()
-    futures = [threads.submit(room.claim, each, present) for each in wishes]
-    wait_until(lambda: room.waiting() == before + len(wishes))
+    before = long_poll.waiting_count()
+    futures = [threads.submit(long_poll.claim, each, present) for each in wishes]
+    wait_until(lambda: long_poll.waiting_count() == before + len(wishes))
     return futures
 
 
@@ -87,10 +88,10 @@ def new_job(profile: str = "profile", **fields: Any) -> NewJob:
 
 
 def test_60_waiting_claims_cost_a_few_statements_a_second(
-    room: WaitingRoom, database: CountingDatabase, threads: ThreadPoolExecutor
+    long_poll: WaitingClaims, database: CountingDatabase, threads: ThreadPoolExecutor
 ) -> None:
-    assert room.claim(wish(wait_seconds=1.5), present).jobs == "", "the first look around is behind us"
-    waiting = parked(room, threads, [wish(wait_seconds=3) for _ in range(60)])
+    assert long_poll.claim(wish(wait_seconds=1.5), present).jobs == "", "the first look around is behind us"
+    waiting = parked(long_poll, threads, [wish(wait_seconds=3) for _ in range(60)])
     database.calls.clear()
     assert [claimed.result().jobs for claimed in waiting] == [""] * 60
     assert database.calls["-- queue.peek"] <= 14
@@ -98,70 +99,72 @@ def test_60_waiting_claims_cost_a_few_statements_a_second(
     assert database.calls.total() == database.calls["-- queue.peek"] + database.calls["-- queue.claim"]
 
 
-def test_a_process_where_nobody_waits_asks_nothing(room: WaitingRoom, database: CountingDatabase, threads: ThreadPoolExecutor) -> None:
-    assert room.claim(wish(wait_seconds=0), present).jobs == ""
-    room.became_ready()
-    assert room.claim(wish(wait_seconds=0), present).jobs == ""
+def test_a_process_where_nobody_waits_asks_nothing(
+    long_poll: WaitingClaims, database: CountingDatabase, threads: ThreadPoolExecutor
+) -> None:
+    assert long_poll.claim(wish(wait_seconds=0), present).jobs == ""
+    long_poll.jobs_ready()
+    assert long_poll.claim(wish(wait_seconds=0), present).jobs == ""
     assert database.calls.keys() == {"-- database.schema_version", "-- queue.claim"}
 
 
 def test_claims_that_come_together_share_a_statement(
-    room: WaitingRoom, queue: Queue, database: CountingDatabase, threads: ThreadPoolExecutor
+    long_poll: WaitingClaims, queue: Queue, database: CountingDatabase, threads: ThreadPoolExecutor
 ) -> None:
-    waiting = parked(room, threads, [wish() for _ in range(16)])
-    queue.create([new_job() for _ in range(16)])
+    waiting = parked(long_poll, threads, [wish() for _ in range(16)])
+    queue.create_batch([new_job() for _ in range(16)])
     database.calls.clear()
-    room.became_ready()
+    long_poll.jobs_ready()
     assert all(claimed.result().jobs for claimed in waiting)
     assert database.calls["-- queue.claim"] == 1
 
 
-def test_a_job_wakes_only_the_claims_that_it_fits(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
-    [other] = parked(room, threads, [wish("other")])
-    [fitting] = parked(room, threads, [wish("profile")])
-    queue.create([new_job()])
-    room.became_ready([("profile", "type", "owner")])
+def test_a_job_wakes_only_the_claims_that_it_fits(long_poll: WaitingClaims, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    [other] = parked(long_poll, threads, [wish("other")])
+    [fitting] = parked(long_poll, threads, [wish("profile")])
+    queue.create_batch([new_job()])
+    long_poll.jobs_ready([("profile", "type", "owner")])
     assert fitting.result(2).jobs
     assert not other.done()
-    room.close()
+    long_poll.close()
     assert other.result(2).jobs == ""
 
 
-def test_one_job_goes_to_the_one_who_waits_longest(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
-    [first] = parked(room, threads, [wish()])
-    [second] = parked(room, threads, [wish()])
-    queue.create([new_job()])
-    room.became_ready()
+def test_one_job_goes_to_the_one_who_waits_longest(long_poll: WaitingClaims, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    [first] = parked(long_poll, threads, [wish()])
+    [second] = parked(long_poll, threads, [wish()])
+    queue.create_batch([new_job()])
+    long_poll.jobs_ready()
     assert first.result(2).jobs
     assert not second.done()
-    room.close()
+    long_poll.close()
 
 
-def test_a_job_created_through_another_process_is_found(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
-    [waiting] = parked(room, threads, [wish()])
-    queue.create([new_job()])
+def test_a_job_created_through_another_process_is_found(long_poll: WaitingClaims, queue: Queue, threads: ThreadPoolExecutor) -> None:
+    [waiting] = parked(long_poll, threads, [wish()])
+    queue.create_batch([new_job()])
     assert waiting.result(2).jobs
 
 
 def test_a_scheduled_job_is_handed_out_when_it_is_due(
-    room: WaitingRoom, queue: Queue, database: Database, threads: ThreadPoolExecutor
+    long_poll: WaitingClaims, queue: Queue, database: Database, threads: ThreadPoolExecutor
 ) -> None:
-    queue.create([new_job(run_at="2999-01-01T00:00:00Z")])
-    [waiting] = parked(room, threads, [wish()])
+    queue.create_batch([new_job(run_at="2999-01-01T00:00:00Z")])
+    [waiting] = parked(long_poll, threads, [wish()])
     database.run("-- test\nupdate waiting set run_at = now()")
     assert waiting.result(2).jobs
 
 
 @pytest.mark.parametrize("seconds", [0.5, 2.0], ids=["a moment", "two seconds"])
 def test_a_create_that_commits_late_is_found(
-    room: WaitingRoom, queue: Queue, database: Database, postgres_url: str, threads: ThreadPoolExecutor, seconds: float
+    long_poll: WaitingClaims, queue: Queue, database: Database, postgres_url: str, threads: ThreadPoolExecutor, seconds: float
 ) -> None:
-    queue.create([new_job("first")])
-    [waiting] = parked(room, threads, [wish()])
+    queue.create_batch([new_job("first")])
+    [waiting] = parked(long_poll, threads, [wish()])
     late = connect(postgres_url, database.schema)
     late.run("begin")
     late.run(LATE_CREATE)
-    [made] = parked(room, threads, [wish("nobody", wait_seconds=seconds)])
+    [made] = parked(long_poll, threads, [wish("nobody", wait_seconds=seconds)])
     made.result()
     late.run("commit")
     late.close()
@@ -169,39 +172,39 @@ def test_a_create_that_commits_late_is_found(
 
 
 def test_a_job_below_the_floor_is_found_whoever_else_waits(
-    room: WaitingRoom, queue: Queue, database: Database, postgres_url: str, threads: ThreadPoolExecutor
+    long_poll: WaitingClaims, queue: Queue, database: Database, postgres_url: str, threads: ThreadPoolExecutor
 ) -> None:
-    queue.create([new_job()])
-    assert room.claim(wish(), present).jobs, "the lane is there"
+    queue.create_batch([new_job()])
+    assert long_poll.claim(wish(), present).jobs, "the lane is there"
     late = connect(postgres_url, database.schema)
     late.run("begin")
     late.run(LATE_CREATE)
-    queue.create([new_job()])
-    assert room.claim(wish(), present).jobs, "a later job of the lane: the late one is below the floor now"
-    others = parked(room, threads, [wish(f"another-{number}") for number in range(3)])
-    [waiting] = parked(room, threads, [wish()])
-    threads.submit(room.claim, wish("nobody", wait_seconds=2.5), present).result()
+    queue.create_batch([new_job()])
+    assert long_poll.claim(wish(), present).jobs, "a later job of the lane: the late one is below the floor now"
+    others = parked(long_poll, threads, [wish(f"another-{number}") for number in range(3)])
+    [waiting] = parked(long_poll, threads, [wish()])
+    threads.submit(long_poll.claim, wish("nobody", wait_seconds=2.5), present).result()
     late.run("commit")
     late.close()
     assert waiting.result(15).jobs
-    room.close()
+    long_poll.close()
     assert [each.result(2).jobs for each in others] == [""] * 3
 
 
-def test_a_client_that_hung_up_takes_no_job(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+def test_a_client_that_hung_up_takes_no_job(long_poll: WaitingClaims, queue: Queue, threads: ThreadPoolExecutor) -> None:
     gone = threading.Event()
-    deserter = threads.submit(room.claim, wish(), gone.is_set)
-    wait_until(lambda: room.waiting() == 1)
-    [patient] = parked(room, threads, [wish()])
+    deserter = threads.submit(long_poll.claim, wish(), gone.is_set)
+    wait_until(lambda: long_poll.waiting_count() == 1)
+    [patient] = parked(long_poll, threads, [wish()])
     gone.set()
-    queue.create([new_job()])
-    room.became_ready()
+    queue.create_batch([new_job()])
+    long_poll.jobs_ready()
     assert patient.result(2).jobs
     assert deserter.result(2).jobs == ""
 
 
-def test_beyond_its_places_the_room_answers_at_once(queue: Queue, threads: ThreadPoolExecutor) -> None:
-    small = WaitingRoom(queue, places=2)
+def test_beyond_its_places_a_claim_is_answered_at_once(queue: Queue, threads: ThreadPoolExecutor) -> None:
+    small = WaitingClaims(queue, places=2)
     waiting = parked(small, threads, [wish() for _ in range(2)])
     assert small.claim(wish(), present).jobs == ""
     assert not any(claimed.done() for claimed in waiting)
@@ -209,51 +212,55 @@ def test_beyond_its_places_the_room_answers_at_once(queue: Queue, threads: Threa
     assert [claimed.result(2).jobs for claimed in waiting] == ["", ""]
 
 
-def test_a_repeat_takes_the_place_of_the_claim_that_still_waits(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+def test_a_repeat_takes_the_place_of_the_claim_that_still_waits(
+    long_poll: WaitingClaims, queue: Queue, threads: ThreadPoolExecutor
+) -> None:
     same = wish()
-    [given_up] = parked(room, threads, [same])
-    repeat = threads.submit(room.claim, same, present)
+    [given_up] = parked(long_poll, threads, [same])
+    repeat = threads.submit(long_poll.claim, same, present)
     assert given_up.result(2).jobs == ""
-    queue.create([new_job(), new_job()])
-    room.became_ready()
+    queue.create_batch([new_job(), new_job()])
+    long_poll.jobs_ready()
     assert repeat.result(5).jobs.count('"id"') == 1
 
 
-def test_the_same_claim_twice_at_once_gets_the_same_job(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
+def test_the_same_claim_twice_at_once_gets_the_same_job(long_poll: WaitingClaims, queue: Queue, threads: ThreadPoolExecutor) -> None:
     for _ in range(20):
-        queue.create([new_job(), new_job()])
+        queue.create_batch([new_job(), new_job()])
         same = wish(wait_seconds=0)
-        both = [threads.submit(room.claim, same, present) for _ in range(2)]
+        both = [threads.submit(long_poll.claim, same, present) for _ in range(2)]
         assert len({claimed.result(5).jobs for claimed in both}) == 1
 
 
 def test_who_reads_many_jobs_holds_up_no_other_claim(
-    room: WaitingRoom, queue: Queue, database: CountingDatabase, threads: ThreadPoolExecutor
+    long_poll: WaitingClaims, queue: Queue, database: CountingDatabase, threads: ThreadPoolExecutor
 ) -> None:
     large = NewJob("owner", "type", "large", "ref", '"' + "x" * CLAIMED_AT_ONCE_BYTES + '"')
-    queue.create([large, large, new_job()])
+    queue.create_batch([large, large, new_job()])
     turn = database.held_back["-- queue.claimed_texts"] = threading.Event()
-    reading = threads.submit(room.claim, wish("large", wait_seconds=0, limit=2), present)
+    reading = threads.submit(long_poll.claim, wish("large", wait_seconds=0, limit=2), present)
     wait_until(lambda: database.calls["-- queue.claimed_texts"] == 1)
-    assert room.claim(wish(wait_seconds=0), present).jobs
+    assert long_poll.claim(wish(wait_seconds=0), present).jobs
     assert not reading.done()
     turn.set()
     assert reading.result(5).jobs.count('"id"') == 2
 
 
-def test_a_repeat_of_a_claim_whose_jobs_have_ended_waits_for_no_others(room: WaitingRoom, queue: Queue) -> None:
-    [made] = queue.create([new_job()])
+def test_a_repeat_of_a_claim_whose_jobs_have_ended_waits_for_no_others(long_poll: WaitingClaims, queue: Queue) -> None:
+    [made] = queue.create_batch([new_job()])
     same = wish(wait_seconds=20)
-    assert room.claim(same, present).jobs
+    assert long_poll.claim(same, present).jobs
     queue.cancel(made.id, "")
     begun = time.monotonic()
-    assert room.claim(same, present).jobs == ""
+    assert long_poll.claim(same, present).jobs == ""
     assert time.monotonic() - begun < 10
 
 
-def test_who_waits_for_a_job_is_told_when_another_process_finishes_it(room: WaitingRoom, queue: Queue, threads: ThreadPoolExecutor) -> None:
-    [made] = queue.create([new_job()])
-    told = threads.submit(room.wait_for, made.id, 20)
-    wait_until(lambda: room.waiting() == 1)
+def test_who_waits_for_a_job_is_told_when_another_process_finishes_it(
+    long_poll: WaitingClaims, queue: Queue, threads: ThreadPoolExecutor
+) -> None:
+    [made] = queue.create_batch([new_job()])
+    told = threads.submit(long_poll.wait_for, made.id, 20)
+    wait_until(lambda: long_poll.waiting_count() == 1)
     queue.cancel(made.id, "")
     told.result(2)

@@ -5,7 +5,7 @@
 An entry is `name=role=secret`; a caller names its owner_services behind a colon, a worker its model profiles where it may not claim any.
 Entries are parted by semicolons or line ends; a line of a file that begins with # is a comment. They are read once, at the start.
 
-Sections: tokens, reading them, roles and routes, at the door.
+Sections: tokens, reading them, the middleware.
 """
 
 import hmac
@@ -19,7 +19,15 @@ from typing import Any, Literal, TypeVar
 import attrs
 import falcon
 
-from ai_internal.server.requests import ClaimRequest, Forbidden, JobFilter, JobNotFound, NewJob, NotFound, Unauthorized
+from ai_internal.server.requests import (
+    ClaimRequest,
+    Forbidden,
+    JobFilter,
+    JobNotFound,
+    NewJob,
+    NotFound,
+    Unauthorized,
+)
 from providers.settings import is_profile_name
 
 audit = logging.getLogger("ai_service.audit")
@@ -81,13 +89,13 @@ class Token:
                 errors=[{"path": f"{at}/{position}/owner_service" if at else "/owner_service", "message": message} for position in foreign]
             )
 
-    def cut(self, wanted: Filter) -> Filter:
+    def limited_to_owners(self, wanted: Filter) -> Filter:
         """A filter that finds nothing of other owners."""
         if self.owner_services is None:
             return wanted
         return attrs.evolve(wanted, owner_service=_both(wanted.owner_service, self.owner_services))
 
-    def narrowed(self, wish: ClaimRequest) -> ClaimRequest:
+    def limited_to_profiles(self, wish: ClaimRequest) -> ClaimRequest:
         """A claim that takes no job of other profiles.
 
         Cut and not refused: a worker asks for a made-up profile to hear what a claim_id still holds, or to report while it takes nothing.
@@ -183,53 +191,16 @@ def _problem(name: str, role: str, limits: Sequence[str] | None, secret: str) ->
     return None
 
 
-# ── Roles and routes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# Nobody is asked for a token: balancers have none.
-PUBLIC: tuple[Role, ...] = ()
-_CALLERS: tuple[Role, ...] = (CALLER, OPERATOR)
-_WORKERS: tuple[Role, ...] = (WORKER, OPERATOR)
-_MONITORS: tuple[Role, ...] = (MONITOR, OPERATOR)
-_OPERATORS: tuple[Role, ...] = (OPERATOR,)
-_JOBS = "/api/v1/jobs"
-
-ROUTES: Mapping[tuple[str, str], tuple[Role, ...]] = {
-    ("GET", _JOBS): _CALLERS,
-    ("POST", _JOBS): _CALLERS,
-    ("POST", f"{_JOBS}/batch"): _CALLERS,
-    ("POST", f"{_JOBS}/get"): _CALLERS,
-    ("POST", f"{_JOBS}/retry"): _CALLERS,
-    ("GET", f"{_JOBS}/{{job_id}}"): _CALLERS,
-    ("DELETE", f"{_JOBS}/{{job_id}}"): _CALLERS,
-    ("POST", f"{_JOBS}/{{job_id}}/retry"): _CALLERS,
-    ("POST", f"{_JOBS}/{{job_id}}/cancel"): _CALLERS,
-    ("POST", f"{_JOBS}/claim"): _WORKERS,
-    **{("POST", f"{_JOBS}/{verb}"): _WORKERS for verb in ("complete", "fail", "heartbeat", "release")},
-    **{("POST", f"{_JOBS}/{{job_id}}/{verb}"): _WORKERS for verb in ("complete", "fail", "heartbeat", "release")},
-    ("GET", "/api/v1/stats"): (*_CALLERS, MONITOR),
-    ("GET", "/metrics"): _MONITORS,
-    ("GET", "/api/v1/workers"): _MONITORS,
-    ("GET", "/api/v1/providers/status"): _MONITORS,
-    ("GET", "/api/v1/pause"): _MONITORS,
-    ("POST", "/api/v1/pause"): _OPERATORS,
-    ("POST", "/api/v1/resume"): _OPERATORS,
-    **{(method, path): PUBLIC for method in ("GET", "HEAD", "OPTIONS") for path in ("/healthz", "/readyz")},
-    # What they hold is the same for everybody, and no secret.
-    **{("GET", path): PUBLIC for path in ("/openapi.json", "/docs", "/")},
-}
-# Calls that change nothing although they are a POST.
-_READS = {("POST", f"{_JOBS}/get")}
-
-# ── At the door ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The middleware ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 API = re.compile(r"/+api(?:/|$)")
 _BEARER = re.compile(rf"bearer +({_SECRET})", re.IGNORECASE)
 
 
-class Door:
-    """Falcon middleware: asks for a token, compares its role with the route's, and writes down what operators do.
+class AccessMiddleware:
+    """Falcon middleware: asks for a token, compares its role with the operation's, and logs what operators do.
 
-    It comes before the query and the body are looked at. A route that is not declared is for operators. Without tokens anybody is one.
+    It comes before the query and the body are read. Without tokens every caller is an operator.
     """
 
     def __init__(self, tokens: Sequence[Token]) -> None:
@@ -237,14 +208,15 @@ class Door:
 
     def process_resource(self, request: falcon.Request, _response: falcon.Response, resource: object, _params: Any) -> None:
         """Called by Falcon before each responder. Raises Unauthorized or Forbidden."""
-        roles = ROUTES.get((request.method, request.uri_template or ""), _OPERATORS)
-        if roles is PUBLIC:
+        operations: Mapping[str, Any] = getattr(resource, "operations", {})
+        operation = operations.get(request.method)
+        if operation and not operation.roles:
             return
-        token = self.admitted(request)
-        # Of a method that the route does not have Falcon tells everybody the same.
-        if token.role not in roles and hasattr(resource, f"on_{request.method.lower()}"):
+        token = request.context.token = self.admitted(request)
+        # A method that the route does not have is refused to everybody alike.
+        if operation and token.role not in operation.roles:
             raise Forbidden
-        request.context.token = token
+        request.context.audited = operation is not None and operation.audited
 
     def admitted(self, request: falcon.Request) -> Token:
         """Whose token came with a request. Raises Unauthorized."""
@@ -271,9 +243,7 @@ class Door:
     def process_response(self, request: falcon.Request, response: falcon.Response, _resource: object, _succeeded: bool) -> None:  # noqa: FBT001
         """Called by Falcon after each responder: one line for what an operator changed, or tried to."""
         token = getattr(request.context, "token", None)
-        changes = request.method in ("POST", "DELETE") and (request.method, request.uri_template) not in _READS
-        changes &= not getattr(request.context, "changes_nothing", False)
-        if self._tokens and token and token.role == OPERATOR and changes:
+        if self._tokens and token and token.role == OPERATOR and request.context.audited:
             audit.info(
                 "operator_action token=%s client=%s method=%s path=%r status=%d",
                 token.name,
@@ -282,9 +252,3 @@ class Door:
                 request.path[:200],
                 response.status_code,
             )
-
-
-def token_of(request: falcon.Request) -> Token:
-    """Who calls, as the door has found out; what it did not look at has nobody to act for."""
-    token: Token = request.context.token
-    return token

@@ -73,7 +73,7 @@ class Database:
         self.address, self.schema = address, schema
         self._connection = PooledConnection if pool_mode == "transaction" else Connection
         self._free: list[Connection] = []
-        self._told_at: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
         self.connections = connections
         self._places = threading.Semaphore(connections)
 
@@ -131,15 +131,15 @@ class Database:
     @contextlib.contextmanager
     def _returned(self, connection: "Connection") -> Iterator[None]:
         """Takes a connection back, unless it broke or was left in the middle of something."""
-        whole = False
+        is_usable = False
         try:
             yield
-            whole = True
+            is_usable = True
         except pg8000.native.DatabaseError as error:
-            whole = not isinstance(refusal_of(error), DatabaseUnavailable)
+            is_usable = not isinstance(refusal_of(error), DatabaseUnavailable)
             raise
         finally:
-            if whole:
+            if is_usable:
                 self._free.append(connection)
             else:
                 connection.close()
@@ -151,25 +151,25 @@ class Database:
         except pg8000.native.DatabaseError as error:
             refusal = refusal_of(error)
             if isinstance(refusal, DatabaseUnavailable | DatabaseBusy):
-                self._tell(error.args[0]["C"], error.args[0].get("M", ""))
+                self._log_refused(error.args[0]["C"], error.args[0].get("M", ""))
             raise refusal or error from None
         except _UNREACHABLE as error:
             state = getattr(error, "sqlstate", None) or ""
             reason = str(error) if isinstance(error, DatabaseUnreachable) else type(error).__name__
             log.debug("database_unreachable sqlstate=%s reason=%s", state, reason)
             if state:
-                self._tell(state, reason)
+                self._log_refused(state, reason)
             raise (DatabaseBusy if _BUSY.fullmatch(state) else DatabaseUnavailable)(reason=reason) from None
 
-    def _tell(self, state: str, message: str) -> None:
+    def _log_refused(self, state: str, message: str) -> None:
         """Logs what the server refuses, each kind once a minute: of a full disk nobody else would tell the operator."""
         now = time.monotonic()
-        if now >= self._told_at.get(state, now):
-            self._told_at[state] = now + _SILENT_SECONDS
+        if now >= self._logged_at.get(state, now):
+            self._logged_at[state] = now + _SILENT_SECONDS
             log.warning("database_refused sqlstate=%s message=%s", state, " ".join(message.split()))
 
 
-class _Unhurried:
+class _WithoutFlush:
     """The stream of a session without pg8000's wishes to flush after each message.
 
     With them the server answers a statement in three packets, before it runs, before its commit and after it, and each wakes this process.
@@ -190,7 +190,7 @@ class Connection:
 
     def __init__(self, address: DatabaseAddress, schema: str, seconds: float = CONNECT_SECONDS) -> None:
         self._session = address.connect(timeout_seconds=seconds)
-        self._session._sock = _Unhurried(self._session._sock)  # noqa: SLF001
+        self._session._sock = _WithoutFlush(self._session._sock)  # noqa: SLF001
         self._prepared: dict[str, pg8000.native.PreparedStatement] = {}
         self._set(schema)
 
@@ -404,3 +404,14 @@ def require_schema(database: Database) -> None:
     if version < SCHEMA_VERSION:
         needed = f"this release needs {SCHEMA_VERSION}: run `ai-service migrate`"
         raise SchemaOutdated(f'schema "{database.schema}" has version {version}, {needed}')
+
+
+def log_crash(event: str, error: Exception, *values: object) -> None:
+    """Our own mistake: an event and the values of its pairs. Of PostgreSQL's errors not the details, which may be values of a row."""
+    log = logging.getLogger("ai_service")
+    if isinstance(error, pg8000.native.DatabaseError):
+        fields = error.args[0] if isinstance(error.args[0], dict) else {}
+        event += " sqlstate=%s error=%r"
+        log.error(event, *values, fields.get("C"), fields.get("M"))
+    else:
+        log.error(event, *values, exc_info=error)

@@ -181,20 +181,20 @@ class Metrics:
 
     # What happens
 
-    def answered(self, method: str, route: str, status: str) -> None:
+    def count_request(self, method: str, route: str, status: str) -> None:
         """Counts a request; `route` is the template, not the path."""
         self._requests.add((method, route, status))
 
-    def refused(self, code: str) -> None:
+    def count_refusal(self, code: str) -> None:
         """Counts a refusal, of a request or of an item."""
         self._problems.labels(code).inc()
 
-    def settled(self, rescued: int, expired: int) -> None:
+    def count_upkeep(self, rescued: int, expired: int) -> None:
         """Counts what upkeep took back and let expire."""
         self._lapsed.inc(rescued)
         self._expired.inc(expired)
 
-    def moved(self, moves: Iterable[Move]) -> None:
+    def count_moves(self, moves: Iterable[Move]) -> None:
         """Counts what was folded."""
         with self._lock:
             for move in moves:

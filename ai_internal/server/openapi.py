@@ -1,259 +1,329 @@
-"""The interface as an OpenAPI 3.1 document: made of the types that read the requests, the refusals, and the table of operations here.
+"""The interface as an OpenAPI 3.1 document: made of the table of operations, the types that read requests, and the refusals.
 
-What a field must be is told by the checks that judge it, so the document cannot say anything else. Tests hold the operations to the
-routes of the application, the schemas of answers to what a running service answers, and the examples to the schemas.
+What a field must be comes from the checks that judge it, so the document cannot differ. Tests compare the schemas of answers with
+what a running service answers, and the examples with the schemas.
 
-`answers.py` has the types of answers, the words and the examples. Sections: operations, schemas, the document.
+Sections: words, examples, schemas, the document.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, get_args, get_origin
 
 import attrs
 
-from ai_internal.server.access import ROUTES
-from ai_internal.server.answers import (
-    EXAMPLES,
-    NEW_JOB,
-    WORDS,
-    Batch,
-    Claim,
-    Health,
-    ItemAnswers,
-    Job,
-    JobsFound,
-    Lease,
-    Page,
-    Paused,
-    Problem,
-    ProvidersStatus,
-    Readiness,
-    Retried,
-    Stats,
-    Workers,
-)
+from ai_internal.limits import MAX_ITEMS, MAX_REPORT_BYTES
+from ai_internal.server.database import SCHEMA_VERSION
+from ai_internal.server.operations import DOCUMENTS, HEALTH, JOBS, OPERATION, OPERATIONS, WORK, Job, Operation, Problem, Request
 from ai_internal.server.requests import (
     LENIENT,
     MAX_BATCH,
-    MAX_BULK,
     MAX_LIST,
     Alternatives,
+    BatchBody,
+    Body,
     BodyTooLarge,
-    BulkRetry,
-    Cancellation,
-    ClaimIdReused,
-    ClaimLost,
-    ClaimRequest,
-    Completion,
-    Failure,
-    Heartbeat,
-    IdempotencyKeyReused,
-    InvalidState,
-    JobCancelled,
+    BulkBody,
     JobDefaults,
-    JobIds,
     JobNotFound,
-    JobQuery,
-    Listing,
     MalformedJson,
     MalformedRequest,
     NewJob,
-    PauseRequest,
     Refusal,
-    Release,
-    ReportText,
-    Retry,
     ServiceFull,
     SmallObject,
-    StatsQuery,
     TooDeep,
-    TooManyCombinations,
     UnsupportedMediaType,
     Uuid,
     ValidationFailed,
+    sendable,
 )
 from ai_internal.telemetry import REQUEST_ID as REQUEST_ID_FORM
+from providers import MAX_MESSAGE_CHARACTERS, MAX_NOTE_BYTES
+from providers.settings import DAY_SECONDS
 
-# ── Operations ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-@attrs.frozen
-class Many:
-    """A body `{"jobs": […]}`: an item is a `kind` with the `id` of its job."""
-
-    kind: type[Any]
-
-
-@attrs.frozen(kw_only=True)
-class Operation:
-    """One method of one route.
-
-    `answers` has a type of answer for each status, None for an empty one, or the media type of a text. `refusals` are those of its own:
-    what any operation may refuse is added.
-    """
-
-    name: str
-    group: str
-    summary: str
-    about: str = ""
-    answers: Mapping[int, type[Any] | str | None]
-    body: type[Any] | Many | None = None
-    query: type[Any] | None = None
-    refusals: tuple[type[Refusal], ...] = ()
-
-
-CALLER, WORKER, OPERATOR, HEALTH, DOCUMENTS = "Jobs", "Work", "Operation", "Health", "Documents"
-_HELD = (ClaimLost, JobCancelled)
-_JOBS = "/api/v1/jobs"
-
-
-def _verb(body: type[Any], name: str, summary: str, about: str, answer: type[Any] = Job) -> dict[tuple[str, str], Operation]:
-    """A claim's verb, for one job and for many."""
-    one = Operation(name=name, group=WORKER, summary=summary, about=about, body=body, answers={200: answer}, refusals=_HELD)
-    many = Operation(
-        name=f"{name}_many",
-        group=WORKER,
-        summary=f"{summary}: up to {MAX_BULK:,} jobs",
-        about="Each item by itself: the answer has a status for each, and an ill item spoils no other.",
-        body=Many(body),
-        answers={200: ItemAnswers},
-    )
-    return {("POST", f"{_JOBS}/{{job_id}}/{name}"): one, ("POST", f"{_JOBS}/{name}"): many}
-
-
-def _probe(path: str, name: str, summary: str, answer: type[Any]) -> dict[tuple[str, str], Operation]:
-    get = Operation(name=name, group=HEALTH, summary=summary, answers={200: answer})
-    asked = {"HEAD": attrs.evolve(get, answers={200: None}), "OPTIONS": get}
-    beside = {
-        method: attrs.evolve(each, name=f"{name}_{method.lower()}", summary=f"The same by {method}") for method, each in asked.items()
-    }
-    return {(method, path): operation for method, operation in {"GET": get, **beside}.items()}
-
-
-OPERATIONS: Mapping[tuple[str, str], Operation] = {
-    ("POST", _JOBS): Operation(
-        name="create",
-        group=CALLER,
-        summary="Create a job",
-        about="With an `idempotency_key` that exists the answer is the job it stands for, and 200.",
-        body=NewJob,
-        answers={201: Job, 200: Job},
-        refusals=(IdempotencyKeyReused, TooManyCombinations),
-    ),
-    ("POST", f"{_JOBS}/batch"): Operation(
-        name="create_many",
-        group=CALLER,
-        summary=f"Create up to {MAX_BATCH:,} jobs, all or none",
-        about="What the jobs have in common may stand in `defaults`; a field that is present in a job wins, null too. 200 if none is new.",
-        body=Many(NewJob),
-        answers={201: Batch, 200: Batch},
-        refusals=(IdempotencyKeyReused, TooManyCombinations),
-    ),
-    ("GET", _JOBS): Operation(
-        name="list",
-        group=CALLER,
-        summary="List jobs, newest first",
-        about="A parameter that is repeated means either; different ones must all hold. No payloads.",
-        query=Listing,
-        answers={200: Page},
-    ),
-    ("GET", f"{_JOBS}/{{job_id}}"): Operation(
-        name="get",
-        group=CALLER,
-        summary="Read a job and its result",
-        about="With `wait_seconds` it answers when the job has finished, or earlier.",
-        query=JobQuery,
-        answers={200: Job},
-    ),
-    ("POST", f"{_JOBS}/get"): Operation(
-        name="get_many", group=CALLER, summary="Read many jobs, without payloads", body=JobIds, answers={200: JobsFound}
-    ),
-    ("POST", f"{_JOBS}/{{job_id}}/retry"): Operation(
-        name="retry",
-        group=CALLER,
-        summary="Put a job back to pending",
-        about="Attempt 0, run now; its `errors` stay. A job that is pending already stays as it is.",
-        body=Retry,
-        answers={200: Job},
-        refusals=(InvalidState,),
-    ),
-    ("POST", f"{_JOBS}/{{job_id}}/cancel"): Operation(
-        name="cancel",
-        group=CALLER,
-        summary="Cancel a pending or running job",
-        about="At once: its worker's next call is refused with `job_cancelled`.",
-        body=Cancellation,
-        answers={200: Job},
-        refusals=(InvalidState,),
-    ),
-    ("DELETE", f"{_JOBS}/{{job_id}}"): Operation(
-        name="delete", group=CALLER, summary="Erase a finished job and its payloads", answers={204: None}, refusals=(InvalidState,)
-    ),
-    ("POST", f"{_JOBS}/retry"): Operation(
-        name="retry_many",
-        group=CALLER,
-        summary="Retry failed and cancelled jobs that fit a filter",
-        about="With `dry_run` none is retried, and `matched` tells how many fit, whatever the `limit`.",
-        body=BulkRetry,
-        answers={200: Retried},
-    ),
-    ("POST", f"{_JOBS}/claim"): Operation(
-        name="claim",
-        group=WORKER,
-        summary="Claim pending jobs",
-        about="Answers as soon as there is one, and with fewer than `limit` where there are fewer. "
-        "Repeated with the same `claim_id` and `worker_id`: the jobs it still holds, and no others.",
-        body=ClaimRequest,
-        answers={200: Claim},
-        refusals=(ClaimIdReused,),
-    ),
-    **_verb(Heartbeat, "heartbeat", "Extend the lease", "From now. Progress is kept where none is given.", Lease),
-    **_verb(Completion, "complete", "Report a result", "Accepted after the lease ran out too, while nobody has claimed the job since."),
-    **_verb(
-        Failure,
-        "fail",
-        "Report a failure",
-        "A retryable one goes back to pending while attempts are left, after its delay.",
-    ),
-    **_verb(Release, "release", "Give a job back", "The attempt is not counted. The 101st time the job fails."),
-    ("GET", "/api/v1/stats"): Operation(
-        name="stats", group=OPERATOR, summary="Counters, durations, errors and usage", query=StatsQuery, answers={200: Stats}
-    ),
-    ("GET", "/api/v1/workers"): Operation(
-        name="workers", group=OPERATOR, summary="Workers of the last five minutes", answers={200: Workers}
-    ),
-    ("GET", "/api/v1/providers/status"): Operation(
-        name="providers_status", group=OPERATOR, summary="Check the configured providers", answers={200: ProvidersStatus}
-    ),
-    ("GET", "/api/v1/pause"): Operation(name="pauses", group=OPERATOR, summary="What is paused", answers={200: Paused}),
-    ("POST", "/api/v1/pause"): Operation(
-        name="pause",
-        group=OPERATOR,
-        summary="Stop handing out jobs",
-        about="Every combination of what is named; a part that is not named is any, and at least one must be.",
-        body=PauseRequest,
-        answers={200: Paused},
-    ),
-    ("POST", "/api/v1/resume"): Operation(
-        name="resume",
-        group=OPERATOR,
-        summary="Go on handing out jobs",
-        about="Lifts every rule that lies within what is named.",
-        body=PauseRequest,
-        answers={200: Paused},
-    ),
-    **_probe("/healthz", "health", "Whether the process lives; it asks nobody", Health),
-    **_probe("/readyz", "readiness", "Whether requests can be served", Readiness),
-    ("GET", "/metrics"): Operation(name="metrics", group=OPERATOR, summary="Figures for Prometheus", answers={200: "text/plain"}),
-    ("GET", "/"): Operation(name="page", group=DOCUMENTS, summary="The operator's page", answers={200: "text/html"}),
-    ("GET", "/openapi.json"): Operation(name="openapi", group=DOCUMENTS, summary="This document", answers={200: "application/json"}),
-    ("GET", "/docs"): Operation(name="docs", group=DOCUMENTS, summary="A page to read it", answers={200: "text/html"}),
+# One word per thing: a field means the same wherever it stands. `Type.field` where there is more to say.
+WORDS: Mapping[str, str] = {
+    "at": "When the attempt ended.",
+    "attempt": "Counted from 1 at the claim; 0 before the first.",
+    "attempt_errors": "Failures that were retried, within the window.",
+    "audio_seconds": "Seconds of audio worked on.",
+    "by_model_profile": "The counters of each model profile.",
+    "by_owner_service": "The counters of each owner.",
+    "by_task_type": "The counters of each task type.",
+    "cancelled": "Cancelled within the window.",
+    "capacity": "How many jobs it runs side by side.",
+    "category": "The kind of error, for programs.",
+    "checked_at": "When it was looked at.",
+    "circuit": "Whether jobs go to the provider: closed, open, half_open.",
+    "claim_id": "The claim that holds the job.",
+    "ClaimRequest.claim_id": "Random, and serves one claim: send one, and the claim may be repeated. Made by the service where absent.",
+    "code": "Which refusal this is; stable.",
+    "completed": "Completed within the window.",
+    "completion_tokens": "Tokens that the model wrote.",
+    "count": "How often.",
+    "created": "Whether the job is new.",
+    "Batch.created": "How many are new.",
+    "created_after": "Only jobs created after this time.",
+    "created_at": "When the job was created.",
+    "created_before": "Only jobs created before this time.",
+    "cursor": "`next_cursor` of the page before.",
+    "defaults": "What the jobs have in common.",
+    "delay_seconds": "How long the job is not handed out again.",
+    "detail": "What is to be said of it, for people.",
+    "endpoint": "Its address, without user info.",
+    "dry_run": "Whether to count the jobs that fit, and to retry none.",
+    "error": "Why the job failed or was cancelled; null otherwise.",
+    "error_category": "The category of the final error.",
+    "errors": "One for each attempt that did not complete; a retry keeps them.",
+    "Problem.errors": "Every field that is wrong.",
+    "ItemAnswer.errors": "Every field that is wrong.",
+    "Stats.errors": "Final failures within the window.",
+    "existing": "How many their idempotency_key had created before.",
+    "expires_at": "A job that has not been claimed by then fails (`expired`).",
+    "failed": "Failed for good within the window.",
+    "filter": "Which jobs; must not be empty.",
+    "finished_at": "When the job completed, failed or was cancelled.",
+    "from": "Which statuses may be put back. Send what you saw, so that a repeat cannot abort a new attempt.",
+    "id": "The job's id, a UUIDv7.",
+    "idempotency_key": "Unique within its owner_service: a create that is repeated with it creates nothing.",
+    "ids": "Ids of jobs.",
+    "include": "`input`: with the input.",
+    "input": "What is to be done: any JSON, which the service never looks into.",
+    "jobs": "The jobs.",
+    "Stats.jobs": "The counters of all jobs.",
+    "last_at": "The last time.",
+    "last_claimed_at": "When a job of it was claimed last.",
+    "latency_ms": "How long the look took, in milliseconds.",
+    "lease_expires_at": "When the lease ends; the job is taken back within 10 seconds of it.",
+    "lease_seconds": "How long the lease is.",
+    "Heartbeat.lease_seconds": "A new length; as before where absent.",
+    "limit": "The most jobs to take.",
+    "matched": "How many jobs fit, whatever the limit; only with `dry_run`.",
+    "max_attempts": "How many attempts may fail.",
+    "message": f"What went wrong, for people. The first {MAX_MESSAGE_CHARACTERS:,} characters are kept.",
+    "FieldError.message": "What the value must be.",
+    "model_profile": "The runtime profile that must serve the job.",
+    "model_profiles": "Model profiles; any where absent.",
+    "ProviderReport.model_profiles": "The profiles it serves.",
+    "ProviderHealth.model_profiles": "The profiles it serves.",
+    "models": "The models it has.",
+    "more": "Whether more jobs fit.",
+    "name": "The provider's name.",
+    "next_cursor": "`cursor` for the next page; null on the last one.",
+    "oldest_pending_seconds": "How long the oldest pending job has waited; null where none is.",
+    "owner_ref": "The caller's stable reference.",
+    "owner_service": "Who asked.",
+    "owner_services": "Owners; any where absent.",
+    "p50": "Half took at most so long.",
+    "p95": "All but a twentieth took at most so long.",
+    "path": "JSON pointer into the body, or `?` and a query parameter.",
+    "paused": "Whether all of it is paused.",
+    "Paused.paused": "The rules now in force.",
+    "paused_at": "Since when.",
+    "pending": "Ready to be claimed now.",
+    "priority": "Higher first.",
+    "progress": f"What the worker reported last of a running job, at most {MAX_NOTE_BYTES:,} bytes.",
+    "prompt_tokens": "Tokens that the model read.",
+    "providers": "Its providers.",
+    "ProvidersStatus.providers": "The providers that the service is configured with.",
+    "reason": "Why, for people.",
+    "result": "What came of it: any JSON, which the service never looks into.",
+    "retried": "How many jobs were put back.",
+    "retry_in_seconds": "When to try again; min(3600, 10·2^(attempt−1)) ± 20 % where absent.",
+    "retryable": "Whether a repeat may succeed.",
+    "Failure.retryable": "Whether another attempt may succeed.",
+    "run_at": "Not handed out before; a past time counts as now.",
+    "running": "Running now.",
+    "running_seconds": "How long attempts took.",
+    "scheduled": "Pending with `run_at` in the future.",
+    "schema_version": "The version of the database schema.",
+    "seen_at": "When it called last.",
+    "started_at": "When the latest attempt was claimed.",
+    "status": "Where the job stands.",
+    "ItemAnswer.status": "The HTTP status that this item would have had alone.",
+    "Problem.status": "The HTTP status.",
+    "ProviderHealth.status": "How it is doing.",
+    "ProviderReport.status": "How it is doing.",
+    "Health.status": "Always ok.",
+    "Readiness.status": "Always ready.",
+    "Readiness.access": "Whether tokens are asked for, or the service is open to all who reach it.",
+    "task_type": "The technical class of task.",
+    "task_types": "Task types; any where absent.",
+    "title": "The same sentence for all refusals of this code.",
+    "total_tokens": "Tokens in all.",
+    "traceparent": "The caller's W3C trace context; that of the request's header where a job comes without.",
+    "type": "The code as a URN.",
+    "usage": f"What the attempt used, at most {MAX_NOTE_BYTES:,} bytes; other members are kept as they are. Absent is not zero.",
+    "Stats.usage": "What was used within the window.",
+    "version": "The release.",
+    "wait_seconds": "How long to wait for something to answer with: an upper bound.",
+    "waiting_seconds": "How long jobs waited from when they were ready to their claim.",
+    "window_seconds": "How far back it counts: an hour, a day or a week.",
+    "worker": f"What the worker reports of itself, at most {MAX_REPORT_BYTES:,} bytes.",
+    "worker_id": "The worker's name.",
+    "workers": "The workers, latest first.",
 }
 
+# ── Examples ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+_ID, _CLAIM_ID = "01a2044e-1ac3-776c-a127-d7fd86f56c6f", "7d3f1c0a-5b0e-4b4e-9a2f-0c6f5d1e8a11"
+_LANE = {"owner_service": "telephony", "task_type": "call_analysis", "model_profile": "qwen2.5-14b"}
+_INPUT = {"prompt": "Summarise: the caller asks for the invoice of last month."}
+_USAGE = {"prompt_tokens": 412, "completion_tokens": 63, "total_tokens": 475, "model": "qwen2.5-14b"}
+_RESULT = {"content": "The caller wants last month's invoice."}
+_FACTS = {
+    "id": _ID,
+    "status": "completed",
+    **_LANE,
+    "owner_ref": "beeline/7c1f",
+    "priority": 0,
+    "attempt": 2,
+    "max_attempts": 3,
+    "created_at": "2026-11-02T09:30:00.000000Z",
+    "run_at": "2026-11-02T09:30:00.000000Z",
+    "expires_at": None,
+    "started_at": "2026-11-02T09:31:12.480112Z",
+    "finished_at": "2026-11-02T09:31:15.902331Z",
+    "worker_id": "gpu-1",
+    "lease_expires_at": None,
+    "idempotency_key": "beeline/7c1f#1",
+    "traceparent": None,
+    "progress": None,
+    "usage": _USAGE,
+    "error": None,
+    "errors": [
+        {
+            "attempt": 1,
+            "worker_id": "gpu-1",
+            "category": "timeout",
+            "message": "no answer within 300 s",
+            "usage": None,
+            "at": "2026-11-02T09:31:02.118044Z",
+        }
+    ],
+}
+_CLAIMED = {
+    name: _FACTS[name] for name in ("id", *_LANE, "owner_ref", "priority", "max_attempts", "created_at", "run_at", "expires_at")
+} | {
+    "claim_id": _CLAIM_ID,
+    "attempt": 1,
+    "lease_expires_at": "2026-11-02T09:32:00.350000Z",
+    "lease_seconds": 120,
+    "traceparent": None,
+    "input": _INPUT,
+}
+_COUNTS = {"pending": 12, "scheduled": 1, "running": 4, "completed": 1830, "failed": 3, "cancelled": 0}
+_GROUP = _COUNTS | {
+    "oldest_pending_seconds": 2.31,
+    "paused": False,
+    "last_claimed_at": "2026-11-02T09:31:12.480112Z",
+    "waiting_seconds": {"p50": 0.9, "p95": 4.1},
+    "running_seconds": {"p50": 3.2, "p95": 11.7},
+}
+_REPORT = {
+    "version": "0.1.0",
+    "capacity": 4,
+    "running": 1,
+    "providers": [{"name": "vllm", "status": "ok", "circuit": "closed", "model_profiles": ["qwen2.5-14b"]}],
+}
+_WORKER = {"worker_id": "gpu-1", "seen_at": "2026-11-02T09:31:15.902331Z", **_REPORT}
+
+NEW_JOB: Mapping[str, Any] = {
+    **_FACTS,
+    "status": "pending",
+    "attempt": 0,
+    **dict.fromkeys(("started_at", "finished_at", "worker_id", "usage", "result")),
+    "errors": [],
+}
+EXAMPLES: Mapping[str, Any] = {
+    "NewJob": {**_LANE, "owner_ref": "beeline/7c1f", "input": _INPUT, "idempotency_key": "beeline/7c1f#1"},
+    "NewJobs": {
+        "defaults": {**_LANE, "priority": 5},
+        "jobs": [{"owner_ref": "beeline/7c1f", "input": _INPUT}, {"owner_ref": "beeline/7c20", "input": _INPUT}],
+    },
+    "JobIds": {"ids": [_ID]},
+    "Retry": {"from": ["failed"]},
+    "Cancellation": {"reason": "the customer withdrew"},
+    "BulkRetry": {"filter": {"owner_service": "telephony", "error_category": ["timeout", "unavailable"]}, "limit": 100},
+    "ClaimRequest": {"worker_id": "gpu-1", "model_profiles": ["qwen2.5-14b"], "limit": 4, "lease_seconds": 120, "wait_seconds": 30},
+    "Completion": {"claim_id": _CLAIM_ID, "result": _RESULT, "usage": _USAGE},
+    "Failure": {"claim_id": _CLAIM_ID, "category": "timeout", "message": "no answer within 300 s", "retryable": True},
+    "Heartbeat": {"claim_id": _CLAIM_ID, "progress": {"percent": 40}},
+    "Release": {"claim_id": _CLAIM_ID, "delay_seconds": 30},
+    "PauseRequest": {"model_profiles": ["whisperx"]},
+    "Job": {**_FACTS, "result": _RESULT},
+    "Batch": {"jobs": [{"id": _ID, "status": "pending", "created": True}], "created": 1, "existing": 0},
+    "JobsFound": {"jobs": [_FACTS, None]},
+    "Page": {"jobs": [_FACTS], "next_cursor": _ID},
+    "Claim": {"claim_id": _CLAIM_ID, "jobs": [_CLAIMED]},
+    "Lease": {"lease_expires_at": "2026-11-02T09:33:12.480112Z", "lease_seconds": 120},
+    "ItemAnswers": {
+        "jobs": [
+            {"id": _ID, "status": 200},
+            {
+                "id": "01a2044e-1ac3-776c-a127-d7fd86f56c70",
+                "status": 409,
+                "code": "claim_lost",
+                "detail": "The claim does not hold this job any more.",
+            },
+        ]
+    },
+    "Retried": {"retried": 100, "more": True},
+    "Paused": {
+        "paused": [{"owner_service": None, "task_type": None, "model_profile": "whisperx", "paused_at": "2026-11-02T09:40:00.000000Z"}]
+    },
+    "Stats": {
+        "window_seconds": DAY_SECONDS,
+        "jobs": _COUNTS,
+        "errors": [{"category": "context_too_long", "count": 3, "last_at": "2026-11-02T08:12:44.100000Z"}],
+        "attempt_errors": [{"category": "timeout", "count": 21, "last_at": "2026-11-02T09:31:02.118044Z"}],
+        "oldest_pending_seconds": 2.31,
+        "by_model_profile": [{"model_profile": "qwen2.5-14b", **_GROUP}],
+        "by_task_type": [{"task_type": "call_analysis", **_GROUP}],
+        "by_owner_service": [{"owner_service": "telephony", **_GROUP}],
+        "usage": [
+            {
+                "owner_service": "telephony",
+                "model_profile": "qwen2.5-14b",
+                "prompt_tokens": 753_960,
+                "completion_tokens": 115_290,
+                "total_tokens": 869_250,
+                "audio_seconds": None,
+            }
+        ],
+    },
+    "Workers": {"workers": [_WORKER]},
+    "ProvidersStatus": {
+        "providers": [
+            {
+                "name": "vllm",
+                "status": "ok",
+                "model_profiles": ["qwen2.5-14b"],
+                "models": ["qwen2.5-14b"],
+                "endpoint": "http://10.0.0.7:8000",
+                "latency_ms": 3.4,
+                "checked_at": "2026-11-02T09:31:15.902Z",
+            }
+        ],
+        "workers": [_WORKER],
+    },
+    "Health": {"status": "ok", "version": "0.1.0"},
+    "Readiness": {"status": "ready", "version": "0.1.0", "schema_version": SCHEMA_VERSION, "access": "tokens"},
+    "Problem": {
+        "type": "urn:ai-service:problem:validation_failed",
+        "title": "The request has invalid fields.",
+        "status": 422,
+        "detail": "The request has invalid fields.",
+        "code": "validation_failed",
+        "retryable": False,
+        "errors": [{"path": "/jobs/3/priority", "message": "must be from -10 to 10"}],
+    },
+}
 # ── Schemas ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Schema = dict[str, Any]
@@ -267,8 +337,6 @@ class Schemas:
 
     def of(self, kind: Any) -> Schema:
         """The schema of an annotated type."""
-        if isinstance(kind, Many):
-            return self._many(kind.kind)
         if attrs.has(kind):
             return self._named(kind.__name__, lambda: self._object(kind))
         if get_origin(kind) is Annotated:
@@ -294,8 +362,11 @@ class Schemas:
 
     def properties(self, kind: type[Any]) -> dict[str, Schema]:
         """The fields of a class by the names they have in JSON."""
-        fields = attrs.fields_dict(kind)
-        return {name.rstrip("_"): {**self.of(field.type), **field.metadata, **_word(kind, name)} for name, field in fields.items()}
+        fields = sorted(attrs.fields(kind), key=lambda field: field.name != "id")
+        return {
+            field.name.rstrip("_"): {**self.of(sendable(field)), **_word(kind, field.name), **_default(field), **field.metadata}
+            for field in fields
+        }
 
     def _object(self, kind: type[Any]) -> Schema:
         schema = {"type": "object", **_text(inspect.cleandoc(kind.__doc__ or "")), "properties": self.properties(kind)}
@@ -305,29 +376,31 @@ class Schemas:
     def _filter(self, kind: type[Any]) -> Schema:
         schema = self._object(kind) | {"minProperties": 1}
         listed = {name: each for name, each in schema["properties"].items() if "items" in each}
-        either = {name: {**_word(kind, name), "anyOf": [each["items"], _without(each, "description")]} for name, each in listed.items()}
+        said = ("description", "default")
+        either = {name: {**_only(each, *said), "anyOf": [each["items"], _without(each, *said)]} for name, each in listed.items()}
         return schema | {"properties": schema["properties"] | either}
 
-    def _many(self, kind: type[Any]) -> Schema:
-        return self._named(f"{kind.__name__}s", lambda: self._batch() if kind is NewJob else self._bulk(kind))
+    def of_request(self, request: Request) -> Schema:
+        """The schema of a body."""
+        if isinstance(request, Body):
+            return self.of(request.kind)
+        if isinstance(request, BatchBody):
+            return self._named("NewJobs", self._batch)
+        return self._named(f"{request.kind.__name__}s", lambda: self._bulk(request))
 
     def _batch(self) -> Schema:
         item = self._object(NewJob)
         item["required"] = [name for name in item["required"] if name not in attrs.fields_dict(JobDefaults)]
         item["description"] = "A job to create. What stands in neither it nor the defaults is missing."
-        return _jobs(self._named("NewJobItem", lambda: item), MAX_BATCH, defaults={**self.of(JobDefaults), **_word(Many, "defaults")})
+        return _jobs(self._named("NewJobItem", lambda: item), MAX_BATCH, defaults={**self.of(JobDefaults), **_word(BatchBody, "defaults")})
 
-    def _bulk(self, kind: type[Any]) -> Schema:
-        item = self._object(kind)
-        item["properties"] = {"id": {"type": "string", "maxLength": 200, **_word(kind, "id")}, **item["properties"]}
-        item["required"] = ["id", *item["required"]]
-        worker = {"worker": {**self.of(ReportText | None), **_word(Many, "worker")}} if kind is Heartbeat else {}
-        many = _jobs(self._named(f"{kind.__name__}Item", lambda: item), MAX_BULK, **worker)
-        return many | {"examples": [{"jobs": [{"id": EXAMPLES["JobIds"]["ids"][0], **EXAMPLES[kind.__name__]}]}]}
+    def _bulk(self, request: BulkBody) -> Schema:
+        many = _jobs(self.of(request.item), MAX_ITEMS, **self.properties(request.beside))
+        return many | {"examples": [{"jobs": [{"id": EXAMPLES["JobIds"]["ids"][0], **EXAMPLES[request.kind.__name__]}]}]}
 
 
 def _jobs(item: Schema, high: int, **beside: Schema) -> Schema:
-    jobs = {"type": "array", "items": item, "minItems": 1, "maxItems": high, **_word(Many, "jobs")}
+    jobs = {"type": "array", "items": item, "minItems": 1, "maxItems": high, **_word(BatchBody, "jobs")}
     return {"type": "object", "properties": {**beside, "jobs": jobs}, "required": ["jobs"], "additionalProperties": False}
 
 
@@ -342,6 +415,12 @@ def _closing(kind: type[Any]) -> Schema:
     return {"additionalProperties": False} if kind.__module__ == NewJob.__module__ and kind not in LENIENT else {}
 
 
+def _default(field: "attrs.Attribute[Any]") -> Schema:
+    if field.default in (attrs.NOTHING, None):
+        return {}
+    return {"default": list(field.default) if isinstance(field.default, tuple) else field.default}
+
+
 def _word(kind: type[Any], name: str) -> Schema:
     """What a field is. A class that extends another has its words."""
     plain = name.rstrip("_")
@@ -353,6 +432,10 @@ def _text(text: str) -> Schema:
     return {"description": text} if text else {}
 
 
+def _only(schema: Schema, *names: str) -> Schema:
+    return {name: schema[name] for name in names if name in schema}
+
+
 def _without(schema: Schema, *names: str) -> Schema:
     return {name: value for name, value in schema.items() if name not in names}
 
@@ -361,9 +444,9 @@ def _without(schema: Schema, *names: str) -> Schema:
 
 
 GROUPS: Mapping[str, str] = {
-    CALLER: "What callers do: create, read, cancel, retry and delete jobs.",
-    WORKER: "What workers do: claim jobs, keep the lease, report.",
-    OPERATOR: "What operators look at, and stop.",
+    JOBS: "What callers do: create, read, cancel, retry and delete jobs.",
+    WORK: "What workers do: claim jobs, keep the lease, report.",
+    OPERATION: "What operators look at, and stop.",
     HEALTH: "For balancers and orchestrators; no token is asked for.",
     DOCUMENTS: "What you are reading; no token is asked for.",
 }
@@ -390,16 +473,20 @@ TRACE = {
 }
 
 
-def document(version: str, status_of: Mapping[type[Refusal], int]) -> dict[str, Any]:
-    """The OpenAPI document. `status_of` has the HTTP status of each refusal there is."""
-    return _Document(status_of).made(version)
+# Every refusal there is; the base is our own mistake.
+REFUSALS: Sequence[type[Refusal]] = sorted(Refusal.__subclasses__(), key=lambda refusal: refusal.status)
+
+
+def document(version: str) -> dict[str, Any]:
+    """The OpenAPI document."""
+    return _Document().render(version)
 
 
 class _Document:
-    def __init__(self, status_of: Mapping[type[Refusal], int]) -> None:
-        self._status_of, self._schemas = status_of, Schemas()
+    def __init__(self) -> None:
+        self._schemas = Schemas()
 
-    def made(self, version: str) -> dict[str, Any]:
+    def render(self, version: str) -> dict[str, Any]:
         paths: dict[str, dict[str, Any]] = {}
         for (method, path), operation in OPERATIONS.items():
             paths.setdefault(path, {})[method.lower()] = self._operation(path, operation)
@@ -429,9 +516,9 @@ class _Document:
             "summary": operation.summary,
             **_text(operation.about),
             "parameters": parameters,
-            **({"requestBody": self._body(operation.body)} if operation.body else {}),
+            **({"requestBody": self._body(operation.request)} if operation.request else {}),
             "responses": answers | self._refused(path, operation),
-            **({} if _is_guarded(path) else {"security": []}),
+            **({} if operation.roles else {"security": []}),
         }
 
     def _path_parameters(self, path: str) -> list[dict[str, Any]]:
@@ -442,14 +529,14 @@ class _Document:
         ]
 
     def _query_parameters(self, operation: Operation) -> list[dict[str, Any]]:
-        fields = self._schemas.properties(operation.query) if operation.query else {}
+        fields = self._schemas.properties(operation.query)
         return [
             {"name": name, "in": "query", **_text(schema.get("description", "")), "schema": _present(_without(schema, "description"))}
             for name, schema in fields.items()
         ]
 
-    def _body(self, body: type[Any] | Many) -> dict[str, Any]:
-        schema = self._schemas.of(body)
+    def _body(self, request: Request) -> dict[str, Any]:
+        schema = self._schemas.of_request(request)
         required = bool(self._schemas.named[schema["$ref"].rpartition("/")[2]].get("required"))
         return {"required": required, "content": {"application/json": {"schema": schema}}}
 
@@ -466,9 +553,9 @@ class _Document:
 
     def _refused(self, path: str, operation: Operation) -> dict[str, Any]:
         by_status: dict[int, list[type[Refusal]]] = {}
-        for refusal, status in self._status_of.items():
-            if refusal in operation.refusals or _may_refuse(path, operation, refusal, status):
-                by_status.setdefault(status, []).append(refusal)
+        for refusal in REFUSALS:
+            if refusal in operation.refusals or _may_refuse(path, operation, refusal):
+                by_status.setdefault(refusal.status, []).append(refusal)
         return {str(status): self._problem(status, refusals) for status, refusals in sorted(by_status.items())}
 
     def _problem(self, status: int, refusals: Collection[type[Refusal]]) -> dict[str, Any]:
@@ -483,8 +570,8 @@ class _Document:
 
     def _codes(self) -> Schema:
         """Every code with its title and status: those of no operation come from unknown routes and methods, and from our own mistakes."""
-        known: dict[type[Refusal], int] = {**self._status_of, Refusal: 500}
-        codes = [{"const": refusal.code, "title": refusal.title(), "description": str(status)} for refusal, status in known.items()]
+        known: Sequence[type[Refusal]] = [*REFUSALS, Refusal]
+        codes = [{"const": each.code, "title": each.title(), "description": str(each.status)} for each in known]
         return {"type": "string", **_word(Problem, "code"), "oneOf": codes}
 
 
@@ -492,23 +579,18 @@ _ANSWERED = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
 
 
 def _header_parameters(operation: Operation) -> list[dict[str, Any]]:
-    names = ["RequestId", *(["Trace"] if operation.body in (NewJob, Many(NewJob)) else [])]
+    names = ["RequestId", *(["Trace"] if operation.name in ("create", "create_many") else [])]
     return [{"$ref": f"#/components/parameters/{name}"} for name in names]
 
 
-def _is_guarded(path: str) -> bool:
-    """Whether a token is asked for, where there are any."""
-    return any(roles for (_, at), roles in ROUTES.items() if at == path)
-
-
-def _may_refuse(path: str, operation: Operation, refusal: type[Refusal], status: int) -> bool:
+def _may_refuse(path: str, operation: Operation, refusal: type[Refusal]) -> bool:
     """Whether an operation may refuse for reasons that are not its own."""
-    if status in (401, 403):
-        return _is_guarded(path)
-    if status == 503:
-        return refusal is ServiceFull or path.startswith("/api/") or path == "/readyz"
+    if refusal.status in (401, 403):
+        return bool(operation.roles)
+    if refusal.status == ServiceFull.status:
+        return refusal is ServiceFull or path.startswith("/api/") or operation.responder == "readiness"
     if refusal in (MalformedJson, BodyTooLarge, UnsupportedMediaType, TooDeep):
-        return operation.body is not None
+        return operation.request is not None
     return refusal in (MalformedRequest, ValidationFailed) or (refusal is JobNotFound and "{job_id}" in path)
 
 

@@ -6,6 +6,7 @@ Payloads (`RawJson`) are slices of the body's text that nobody decodes.
 Sections: refusals, what a field must be, the requests, finding what is wrong, reading.
 """
 
+import contextlib
 import functools
 import itertools
 import re
@@ -19,7 +20,10 @@ import msgspec
 from cattrs.errors import AttributeValidationNote, IterableValidationError, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn
 
+from ai_internal.limits import MAX_ITEMS, MAX_LEASE_SECONDS, MAX_REPORT_BYTES, MIN_LEASE_SECONDS
 from ai_internal.telemetry import TRACEPARENT
+from providers import MAX_NOTE_BYTES
+from providers.settings import DAY_SECONDS
 
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -29,10 +33,12 @@ T = TypeVar("T")
 
 MAX_DEPTH = 500
 MAX_BATCH = 10_000
-MAX_BULK = 1_000
 # Names in a filter, statuses, ids.
 MAX_LIST = 1_000
 MAX_LOOKUP = 500
+MAX_PAGE = 500
+# A job may be put off by a year at most: longer is a mistake of units.
+MAX_DELAY_SECONDS = 366 * DAY_SECONDS
 RETRYABLE = ("failed", "cancelled", "running")
 
 
@@ -43,6 +49,8 @@ class Refusal(Exception):
     """
 
     code: ClassVar[str] = "internal_error"
+    # Of HTTP.
+    status: ClassVar[int] = 500
     # Seconds after which a repeat may succeed; None where it will not.
     retry_after: ClassVar[int | None] = None
 
@@ -65,104 +73,144 @@ class Refusal(Exception):
 class MalformedJson(Refusal):
     """The body is not valid JSON."""
 
+    status = 400
+
 
 class MalformedRequest(Refusal):
     """The request is not valid HTTP."""
+
+    status = 400
 
 
 class Unauthorized(Refusal):
     """A token is needed, as `Authorization: Bearer …`, and this is none that is known."""
 
+    status = 401
+
 
 class Forbidden(Refusal):
     """The token does not allow this."""
+
+    status = 403
 
 
 class NotFound(Refusal):
     """There is no such route."""
 
+    status = 404
+
 
 class JobNotFound(Refusal):
     """There is no such job."""
+
+    status = 404
 
 
 class MethodNotAllowed(Refusal):
     """The route has no such method."""
 
+    status = 405
+
 
 class BodyTooLarge(Refusal):
     """The body is larger than MAX_BODY_BYTES."""
+
+    status = 413
 
 
 class UnsupportedMediaType(Refusal):
     """The body must be application/json."""
 
+    status = 415
+
 
 class InvalidState(Refusal):
     """The job's status does not allow this."""
+
+    status = 409
 
 
 class ClaimLost(Refusal):
     """The claim does not hold this job any more."""
 
+    status = 409
+
 
 class JobCancelled(Refusal):
     """The job was cancelled."""
+
+    status = 409
 
 
 class ClaimIdReused(Refusal):
     """The claim_id was used by another worker."""
 
+    status = 409
+
 
 class IdempotencyKeyReused(Refusal):
     """The idempotency_key stands for another job."""
+
+    status = 409
 
 
 class ValidationFailed(Refusal):
     """The request has invalid fields."""
 
+    status = 422
+
 
 class TooDeep(Refusal):
-    """JSON is nested deeper than 500 levels."""
+    __doc__ = f"""JSON is nested deeper than {MAX_DEPTH} levels."""
+
+    status = 422
 
 
 class TooManyCombinations(Refusal):
     """2,000 combinations of owner_service, task_type and model_profile are in use."""
 
+    status = 422
+
 
 class DatabaseUnavailable(Refusal):
     """PostgreSQL cannot be reached or does not accept writes."""
 
+    status = 503
     retry_after = 2
 
 
 class DatabaseBusy(Refusal):
     """PostgreSQL is saturated."""
 
+    status = 503
     retry_after = 1
 
 
 class SchemaMissing(Refusal):
     """The database schema has not been applied."""
 
+    status = 503
     retry_after = 5
 
 
 class SchemaOutdated(Refusal):
     """The database schema is older than this release."""
 
+    status = 503
     retry_after = 5
 
 
 class ServiceFull(Refusal):
     """Too many claims or other requests are under way, or too many large bodies."""
 
+    status = 503
     retry_after = 1
 
 
 class Draining(Refusal):
     """The service is shutting down."""
 
+    status = 503
     retry_after = 1
 
 
@@ -288,8 +336,8 @@ class Alternatives:
         """The filter. Raises ValueError, or cattrs' errors."""
         fields = fields_of(raw)
         listed = {name: _listed(each) if _is_list(self.kind, name) else each for name, each in fields.items()}
-        wanted = _converter.structure(listed, self.kind)
-        if not any(attrs.asdict(wanted).values()):
+        wanted = read_raw(msgspec.json.encode(listed), self.kind)
+        if all(bytes(each).strip(b"[] \t\r\n") in (b"", b"null") for each in listed.values()):
             raise ValueError("must not be empty")
         return wanted
 
@@ -301,17 +349,18 @@ Message = Annotated[str, text_of(0, None)]
 Key = Annotated[str, text_of(1, 500)]
 UUID = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 Uuid = Annotated[str, matching(UUID.pattern)]
+# An item of a bulk call is answered by itself where its id is the id of no job.
+ItemId = Annotated[str, text_of(0, 200)]
 Category = Annotated[str, matching("[a-z][a-z0-9_]{0,63}")]
 Traceparent = Annotated[str, matching(TRACEPARENT)]
 Moment = Annotated[str, Check("a string", (str,), _accept_time, {"type": "string", "format": "date-time"})]
 Flag = Annotated[bool, Check("true or false", (bool,), lambda _: None, {"type": "boolean"})]
 Priority = Annotated[int, whole_number(-10, 10)]
 MaxAttempts = Annotated[int, whole_number(1, 100)]
-ClaimLimit = Annotated[int, whole_number(1, 1000)]
-Lease = Annotated[float, number(5, 86_400)]
+ClaimLimit = Annotated[int, whole_number(1, MAX_ITEMS)]
+Lease = Annotated[float, number(MIN_LEASE_SECONDS, MAX_LEASE_SECONDS)]
 Wait = Annotated[float, number(0, 60)]
-# A job may be put off by a year at most: longer is a mistake of units.
-Delay = Annotated[float, number(0, 366 * 86_400)]
+Delay = Annotated[float, number(0, MAX_DELAY_SECONDS)]
 Count = Annotated[int, whole_number(0, 10**15)]
 Seconds = Annotated[float, number(0, 10**12)]
 
@@ -319,19 +368,13 @@ Seconds = Annotated[float, number(0, 10**12)]
 # ── The requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@attrs.frozen
-class JobDefaults:
-    """What the jobs of a batch may have in common."""
+def _default_of(field: "attrs.Attribute[Any]") -> Any:
+    return None if field.default is attrs.NOTHING else field.default
 
-    owner_service: Name | None = None
-    task_type: Name | None = None
-    model_profile: Name | None = None
-    input: RawJson | None = None
-    priority: Priority | None = None
-    run_at: Moment | None = None
-    expires_at: Moment | None = None
-    max_attempts: MaxAttempts | None = None
-    traceparent: Traceparent | None = None
+
+def optional(default: Any) -> Any:
+    """A field that may be absent. Null and an empty list mean the default too."""
+    return attrs.field(default=default, converter=lambda value: value or default)
 
 
 @attrs.frozen
@@ -343,12 +386,25 @@ class NewJob:
     model_profile: Name
     owner_ref: OwnerRef
     input: RawJson
-    priority: Priority | None = None
+    priority: Priority = optional(0)
     run_at: Moment | None = None
     expires_at: Moment | None = None
-    max_attempts: MaxAttempts | None = None
+    max_attempts: MaxAttempts = optional(3)
     idempotency_key: Key | None = None
     traceparent: Traceparent | None = None
+
+
+# What the jobs of a batch may have in common: all but what tells one from the other.
+JobDefaults: Any = attrs.make_class(
+    "JobDefaults",
+    {
+        field.name: attrs.field(type=cast(Any, field.type) | None, default=_default_of(field))
+        for field in attrs.fields(NewJob)
+        if field.name not in ("owner_ref", "idempotency_key")
+    },
+    frozen=True,
+)
+JobDefaults.__doc__ = "What the jobs of a batch may have in common."
 
 
 @attrs.frozen
@@ -384,9 +440,9 @@ class WorkerReport:
 
 # Read leniently: a newer worker may say more than this release knows.
 LENIENT = (Usage, ProviderReport, WorkerReport)
-UsageText = Annotated[str, SmallObject(4096, Usage)]
-ProgressText = Annotated[str, SmallObject(4096)]
-ReportText = Annotated[str, SmallObject(8192, WorkerReport)]
+UsageText = Annotated[str, SmallObject(MAX_NOTE_BYTES, Usage)]
+ProgressText = Annotated[str, SmallObject(MAX_NOTE_BYTES)]
+ReportText = Annotated[str, SmallObject(MAX_REPORT_BYTES, WorkerReport)]
 
 
 # Profiles, types, owners: what a claim may take; None is any.
@@ -398,12 +454,12 @@ class ClaimRequest:
     """A wish for pending jobs; an absent filter is any. Lease and wait in seconds."""
 
     worker_id: WorkerId
-    limit: ClaimLimit | None = None
+    limit: ClaimLimit = optional(1)
     model_profiles: list[Name] | None = None
     task_types: list[Name] | None = None
     owner_services: list[Name] | None = None
-    lease_seconds: Lease | None = None
-    wait_seconds: Wait | None = None
+    lease_seconds: Lease = optional(900)
+    wait_seconds: Wait = optional(0)
     claim_id: Uuid | None = None
     worker: ReportText | None = None
 
@@ -426,7 +482,7 @@ class Failure:
     claim_id: Uuid
     category: Category
     message: Message
-    retryable: Flag | None = None
+    retryable: Flag = optional(False)  # noqa: FBT003
     retry_in_seconds: Delay | None = None
     usage: UsageText | None = None
 
@@ -441,7 +497,7 @@ class Heartbeat:
 @attrs.frozen
 class Release:
     claim_id: Uuid
-    delay_seconds: Delay | None = None
+    delay_seconds: Delay = optional(0)
 
 
 Retryable = Annotated[str, one_of(*RETRYABLE)]
@@ -449,12 +505,12 @@ Retryable = Annotated[str, one_of(*RETRYABLE)]
 
 @attrs.frozen
 class Retry:
-    from_: list[Retryable] | None = None
+    from_: list[Retryable] = optional(RETRYABLE)
 
 
 @attrs.frozen
 class Cancellation:
-    reason: Message | None = None
+    reason: Message = optional("")
 
 
 @attrs.frozen
@@ -481,7 +537,7 @@ class JobFilter:
 
 @attrs.frozen
 class Listing(JobFilter):
-    limit: Annotated[int, whole_number(1, 500)] | None = None
+    limit: Annotated[int, whole_number(1, MAX_PAGE)] = optional(50)
     cursor: Uuid | None = None
 
 
@@ -494,14 +550,14 @@ class BulkHeartbeat:
 class RetryFilter(JobFilter):
     """Which jobs to retry: the same, but a single value may stand without its list, and running jobs are left alone."""
 
-    status: list[Annotated[str, one_of("failed", "cancelled")]] | None = None
+    status: list[Annotated[str, one_of("failed", "cancelled")]] = optional(("failed", "cancelled"))
 
 
 @attrs.frozen
 class BulkRetry:
     filter: Annotated[RetryFilter, Alternatives(RetryFilter)]
-    limit: Annotated[int, whole_number(1, MAX_BULK)] | None = None
-    dry_run: Flag | None = None
+    limit: Annotated[int, whole_number(1, MAX_ITEMS)] = optional(MAX_ITEMS)
+    dry_run: Flag = optional(False)  # noqa: FBT003
 
 
 @attrs.frozen
@@ -519,16 +575,16 @@ class Nothing:
 @attrs.frozen
 class JobQuery:
     include: Annotated[str, one_of("input")] | None = None
-    wait_seconds: Wait | None = None
+    wait_seconds: Wait = optional(0)
 
 
-WINDOWS = (3600, 86_400, 604_800)
+WINDOWS = (3600, DAY_SECONDS, 7 * DAY_SECONDS)
 Window = Annotated[
     int,
     Check(
         "a whole number",
         (int,),
-        lambda value: None if value in WINDOWS else "must be 3600, 86400 or 604800",
+        lambda value: None if value in WINDOWS else f"must be {WINDOWS[0]}, {WINDOWS[1]} or {WINDOWS[2]}",
         {"type": "integer", "enum": list(WINDOWS)},
     ),
 ]
@@ -536,7 +592,7 @@ Window = Annotated[
 
 @attrs.frozen
 class StatsQuery:
-    window_seconds: Window | None = None
+    window_seconds: Window = optional(DAY_SECONDS)
 
 
 # ── Finding what is wrong ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -598,8 +654,11 @@ def _structure_list(kind: Any) -> Callable[[msgspec.Raw, Any], list[Any]]:
 
 
 def _structure_object(kind: Any) -> Callable[[Any, Any], Any]:
-    renamed: Any = {"from_": cattrs.override(rename="from")} if kind is Retry else {}
-    structure = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=kind not in LENIENT, **renamed)
+    sent: Any = {
+        field.name: cattrs.override(rename=field.name.rstrip("_"), struct_hook=_converter.get_structure_hook(sendable(field)))
+        for field in attrs.fields(kind)
+    }
+    structure = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=kind not in LENIENT, **sent)
     return lambda raw, _: structure(raw if isinstance(raw, dict) else fields_of(raw), kind)
 
 
@@ -623,15 +682,22 @@ _converter.register_structure_hook_factory(lambda kind: _origin(kind) is Annotat
 _converter.register_structure_hook_factory(lambda kind: type(None) in get_args(kind), _structure_optional)
 
 
-def structure(value: Any, kind: type[T], at: str = "") -> T:
-    """Makes `kind` of raw JSON or of a dict of it. Raises ValidationFailed with every problem, as JSON pointers below `at`."""
+def sendable(field: "attrs.Attribute[Any]") -> Any:
+    """The type of what may be sent as a field: null too where it has a default."""
+    return field.type if field.default in (attrs.NOTHING, None) else Union[field.type, None]  # noqa: UP007
+
+
+def explanation(fields: Mapping[str, msgspec.Raw], kind: type[Any], at: str) -> Refusal | None:
+    """The refusal of an object with every problem, as JSON pointers below `at`; None where nothing is wrong."""
     try:
-        return _converter.structure(value, kind)
+        _converter.structure(fields, kind)
     except (cattrs.BaseValidationError, ValueError) as error:
         causes = list(_causes(error, at))
-    problems = [problem for path, cause in causes for problem in problems_of(path, cause)]
-    too_deep = any(isinstance(cause, TooDeep) for _, cause in causes)
-    raise (TooDeep if too_deep else ValidationFailed)(errors=problems)
+        too_deep = any(isinstance(cause, TooDeep) for _, cause in causes)
+        return (TooDeep if too_deep else ValidationFailed)(
+            errors=[problem for path, cause in causes for problem in problems_of(path, cause)]
+        )
+    return None
 
 
 def _causes(error: BaseException, at: str) -> Iterator[tuple[str, BaseException]]:
@@ -658,100 +724,41 @@ def _pointer(name: Any) -> str:
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# What is raised where it is for cattrs to say what is wrong, if anything is.
+# What a reader raises: it is for cattrs to say what is wrong.
 UNCLEAR = (ValueError, RecursionError, Refusal, cattrs.BaseValidationError)
 
 
 class Reader(Generic[T]):
-    """Reads a kind of request in one go if nothing is wrong with it.
+    """Reads JSON objects as a kind of request.
 
-    msgspec looks at names, types and limits, by the same words that the document of the interface is made of; what it cannot say of a
-    field is left to cattrs' hook.
+    msgspec checks names, types and limits, which come from the same checks as the OpenAPI document; the hook of a field
+    looks at what msgspec cannot judge.
     """
 
     def __init__(self, kind: type[T]) -> None:
         self._kind = kind
-        kinds = [field.type for field in attrs.fields(cast(Any, kind))]
-        left = [(position, each) for position, each in enumerate(kinds) if each is RawJson or _native(each) is None]
-        self._left = [(position, each, _converter.get_structure_hook(each)) for position, each in left]
+        fields = [(field.name, sendable(field)) for field in attrs.fields(cast(Any, kind))]
+        self._hooks = [
+            (name, each, _converter.get_structure_hook(each)) for name, each in fields if each is RawJson or _native(each) is None
+        ]
         self._decode = msgspec.json.Decoder(_struct(kind)).decode
 
     def read(self, raw: msgspec.Raw | bytes) -> T:
         """The request. Raises one of `UNCLEAR`."""
-        return self.made(msgspec.structs.astuple(self._decode(raw)))
-
-    def made(self, told: Sequence[Any]) -> T:
-        """The request, of what is told of each field. Raises one of `UNCLEAR`."""
-        values = list(told)
-        for position, kind, finish in self._left:
-            if isinstance(values[position], msgspec.Raw):
-                values[position] = finish(values[position], kind)
-        return self._kind(*values)
+        values = msgspec.structs.asdict(self._decode(raw))
+        for name, kind, hook in self._hooks:
+            if isinstance(values[name], msgspec.Raw):
+                values[name] = hook(values[name], kind)
+        return self._kind(**values)
 
 
-class BatchReader:
-    """Reads a batch of jobs over its defaults in one go if nothing is wrong with any of them."""
-
-    def __init__(self) -> None:
-        item = _struct(NewJob, partial=True)
-        self._made: Callable[[Sequence[Any]], NewJob] = reader_of(NewJob).made
-        self._decode = _decoder_of_many(item, MAX_BATCH, ["defaults"])
-        self._decode_defaults = msgspec.json.Decoder(item).decode
-        self._absent = [msgspec.UNSET if field.default is attrs.NOTHING else field.default for field in attrs.fields(NewJob)]
-
-    def read(self, body: bytes) -> list[NewJob]:
-        """The jobs. Raises one of `UNCLEAR`."""
-        body.decode()
-        many = self._decode(body)
-        absent: Sequence[Any] = self._absent
-        if many.defaults is not msgspec.UNSET:
-            structure(many.defaults, JobDefaults)
-            absent = _overlaid(msgspec.structs.astuple(self._decode_defaults(many.defaults)), absent)
-        return [self._job(msgspec.structs.astuple(item), absent) for item in many.jobs]
-
-    def _job(self, told: Sequence[Any], absent: Sequence[Any]) -> NewJob:
-        values = _overlaid(told, absent)
-        if msgspec.UNSET in values:
-            raise ValueError("a field is missing")
-        return self._made(values)
-
-
-class ItemsReader(Generic[T]):
-    """Reads what is asked of many jobs, each with its `id`, in one go if nothing is wrong with any of it."""
-
-    def __init__(self, kind: type[T], beside: Sequence[str]) -> None:
-        self._reader = reader_of(kind)
-        self._decode = _decoder_of_many(_struct(kind, with_id=True), MAX_BULK, beside)
-
-    def read(self, body: bytes) -> tuple[list[tuple[str, T]], dict[str, msgspec.Raw]]:
-        """Ids with their requests, and the fields beside them. Raises one of `UNCLEAR`."""
-        body.decode()
-        many = self._decode(body)
-        beside = {name: raw for name, raw in msgspec.structs.asdict(many).items() if isinstance(raw, msgspec.Raw)}
-        told = map(msgspec.structs.astuple, many.jobs)
-        return [(job_id.lower(), self._reader.made(fields)) for job_id, *fields in told], beside
-
-
-def _overlaid(told: Sequence[Any], absent: Sequence[Any]) -> list[Any]:
-    return [other if value is msgspec.UNSET else value for value, other in zip(told, absent, strict=True)]
-
-
-def _struct(kind: Any, *, partial: bool = False, with_id: bool = False) -> type[msgspec.Struct]:
-    """A kind of request as msgspec reads it. A partial one has UNSET for each field that is absent."""
-    fields: list[Any] = [("id", _native(Uuid))] if with_id else []
+def _struct(kind: Any) -> type[msgspec.Struct]:
+    """A kind of request as msgspec reads it."""
+    fields: list[Any] = []
     for field in attrs.fields(kind):
-        native = _native(field.type) or msgspec.Raw
         default = () if field.default is attrs.NOTHING else (field.default,)
-        fields.append((field.name, native | msgspec.UnsetType, msgspec.UNSET) if partial else (field.name, native, *default))
-    strict = kind not in LENIENT
-    return msgspec.defstruct(kind.__name__, fields, kw_only=True, forbid_unknown_fields=strict, rename={"from_": "from"}.get)
-
-
-def _decoder_of_many(item: type[msgspec.Struct], high: int, beside: Sequence[str]) -> Callable[[bytes], Any]:
-    """What reads a body with 1 to `high` items as its `jobs`, and the fields beside them, unread or UNSET."""
-    jobs: Any = Annotated[list[item], msgspec.Meta(min_length=1, max_length=high)]  # type: ignore[valid-type]
-    fields: list[Any] = [("jobs", jobs), *((name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in beside)]
-    return msgspec.json.Decoder(msgspec.defstruct("Many", fields, forbid_unknown_fields=True)).decode
+        fields.append((field.name, _native(sendable(field)) or msgspec.Raw, *default))
+    return msgspec.defstruct(kind.__name__, fields, kw_only=True, forbid_unknown_fields=kind not in LENIENT, rename={"from_": "from"}.get)
 
 
 def _native(kind: Any) -> Any:
@@ -775,11 +782,28 @@ reader_of: Callable[[Any], Reader[Any]] = functools.cache(Reader)
 
 
 def read_raw(raw: msgspec.Raw | bytes, kind: type[T]) -> T:
-    """JSON as `kind`. Raises ValueError, or cattrs' errors."""
+    """JSON as `kind`. Raises ValueError, or cattrs' errors, which say what is wrong."""
     try:
         return cast(T, reader_of(kind).read(raw))
     except UNCLEAR:
-        return _converter.structure(fields_of(raw), kind)
+        # Without the earlier ones of a name that comes twice: the last counts.
+        fields = fields_of(raw)
+        _converter.structure(fields, kind)
+        return cast(T, reader_of(kind).read(msgspec.json.encode(fields)))
+
+
+def read_one(raw: msgspec.Raw | bytes, kind: type[T], at: str = "") -> T:
+    """A JSON object as `kind`. Raises ValidationFailed or TooDeep with every problem, as JSON pointers below `at`."""
+    try:
+        return cast(T, reader_of(kind).read(raw))
+    except UNCLEAR:
+        fields = item_fields(raw, at)
+        if refusal := explanation(fields, kind, at):
+            raise refusal from None
+    try:
+        return cast(T, reader_of(kind).read(msgspec.json.encode(fields)))
+    except UNCLEAR as error:
+        raise ValidationFailed(errors=problems_of(at, error)) from None
 
 
 def read_object(body: bytes) -> dict[str, msgspec.Raw]:
@@ -805,15 +829,6 @@ def _refuse_what_is_no_object(body: bytes) -> NoReturn:
     raise ValidationFailed(errors=[{"path": "", "message": "must be an object"}])
 
 
-def read_body(body: bytes, kind: type[T]) -> T:
-    """A request's body as `kind`. Raises MalformedJson, TooDeep or ValidationFailed."""
-    try:
-        body.decode()
-        return cast(T, reader_of(kind).read(body))
-    except UNCLEAR:
-        return structure(read_object(body), kind)
-
-
 def read_items(body: bytes, high: int, beside: Sequence[str] = ()) -> tuple[list[msgspec.Raw], dict[str, msgspec.Raw], list[Refusal]]:
     """The unread members of `jobs`, the fields beside it, and what is wrong with either; 1 to `high` members are right."""
     fields = read_object(body)
@@ -830,7 +845,7 @@ def read_items(body: bytes, high: int, beside: Sequence[str] = ()) -> tuple[list
     return items[:high], fields, refusals
 
 
-def item_fields(item: msgspec.Raw, at: str) -> dict[str, msgspec.Raw]:
+def item_fields(item: msgspec.Raw | bytes, at: str) -> dict[str, msgspec.Raw]:
     """The members of one of many, unread. Raises ValidationFailed where it is no object."""
     try:
         return fields_of(item)
@@ -845,35 +860,101 @@ def raise_all(refusals: Sequence[Refusal]) -> None:
         raise (TooDeep if too_deep else ValidationFailed)(errors=[problem for refusal in refusals for problem in refusal.errors])
 
 
-def read_batch(body: bytes) -> list[NewJob]:
-    """The jobs of a batch with its defaults filled in: a field that is present in the job wins, null too."""
-    try:
-        return _batch_reader.read(body)
-    except UNCLEAR:
-        return _structure_batch(body)
+class Body(Generic[T]):
+    """A request's body that is one object."""
 
+    def __init__(self, kind: type[T]) -> None:
+        self.kind = kind
 
-_batch_reader = BatchReader()
-
-
-def _structure_batch(body: bytes) -> list[NewJob]:
-    items, beside, refusals = read_items(body, MAX_BATCH, ["defaults"])
-    defaults: dict[str, msgspec.Raw] = {}
-    jobs: list[NewJob] = []
-    try:
-        if "defaults" in beside:
-            structure(beside["defaults"], JobDefaults, "/defaults")
-            defaults = fields_of(beside["defaults"])
-    except Refusal as refusal:
-        raise_all([*refusals, refusal])
-    for position, item in enumerate(items):
+    def read(self, body: bytes) -> T:
+        """The request. Raises MalformedJson, TooDeep or ValidationFailed."""
         try:
-            at = f"/jobs/{position}"
-            jobs.append(structure({**defaults, **item_fields(item, at)}, NewJob, at))
+            # msgspec does not look into what it passes through.
+            body.decode()
+            return cast(T, reader_of(self.kind).read(body))
+        except UNCLEAR:
+            return read_fields(read_object(body), self.kind)
+
+
+class BatchBody:
+    """A body of many new jobs, all or none, over their defaults."""
+
+    def read(self, body: bytes) -> list[NewJob]:
+        """The jobs with the defaults filled in: a field that is present in the job wins, null too. Raises like `Body.read`."""
+        items, beside, refusals = read_items(body, MAX_BATCH, ["defaults"])
+        defaults = b"{}"
+        try:
+            if "defaults" in beside:
+                read_one(beside["defaults"], JobDefaults, "/defaults")
+                defaults = msgspec.json.encode(fields_of(beside["defaults"]))
         except Refusal as refusal:
-            refusals.append(refusal)
-    raise_all(refusals)
-    return jobs
+            raise_all([*refusals, refusal])
+        jobs = [self._read_job(item, defaults, f"/jobs/{position}") for position, item in enumerate(items)]
+        raise_all([*refusals, *(job for job in jobs if isinstance(job, Refusal))])
+        return cast(list[NewJob], jobs)
+
+    def _read_job(self, item: msgspec.Raw, defaults: bytes, at: str) -> NewJob | Refusal:
+        try:
+            return read_one(_overlaid(bytes(item), defaults), NewJob, at)
+        except Refusal as refusal:
+            return refusal
+
+
+def _overlaid(item: bytes, defaults: bytes) -> bytes:
+    """An object over another: of a name that comes twice the last counts."""
+    if len(defaults) == 2 or item[:1] != b"{":
+        return item
+    members = item[1:]
+    return b"%b%b%b" % (defaults[:-1], b"" if members.lstrip()[:1] == b"}" else b",", members)
+
+
+@attrs.frozen
+class Items:
+    """What a bulk call asks: for each item its id, None where it has none that is a string, and its request or the refusal."""
+
+    entries: list[tuple[str | None, Any]]
+    beside: Any
+
+
+class BulkBody:
+    """A body of many items, each by itself: a `kind` with the `id` of its job. Beside them stand the fields of `beside`."""
+
+    def __init__(self, kind: type[Any], beside: type[Any] = Nothing) -> None:
+        self.item = attrs.make_class(f"{kind.__name__}Item", {"id": attrs.field(type=ItemId, kw_only=True)}, bases=(kind,), frozen=True)
+        self.kind, self.beside = kind, beside
+
+    def read(self, body: bytes) -> Items:
+        """The items. Raises like `Body.read`, but not for what is wrong within an item."""
+        names = [field.name for field in attrs.fields(self.beside)]
+        items, fields, refusals = read_items(body, MAX_ITEMS, names)
+        raise_all(refusals)
+        beside = read_fields(fields, self.beside)
+        return Items([self._read_item(item, f"/jobs/{position}") for position, item in enumerate(items)], beside)
+
+    def _read_item(self, item: msgspec.Raw, at: str) -> tuple[str | None, Any]:
+        try:
+            asked: Any = read_one(item, self.item, at)
+            return known_id(asked.id), asked
+        except Refusal as refusal:
+            return _id_of(item), refusal
+
+
+def _id_of(item: msgspec.Raw) -> str | None:
+    with contextlib.suppress(KeyError, *UNCLEAR):
+        return str(_converter.structure(fields_of(item)["id"], ItemId))
+    return None
+
+
+def known_id(job_id: str) -> str:
+    """An id in lower case. Raises JobNotFound: an id that is not a UUID matches no job."""
+    if not UUID.fullmatch(job_id):
+        raise JobNotFound
+    return job_id.lower()
+
+
+def read_fields(fields: Mapping[str, msgspec.Raw], kind: type[T]) -> T:
+    """Members of an object as `kind`. Raises like `read_one`."""
+    return read_one(msgspec.json.encode(fields), kind)
 
 
 _NO_USAGE = Usage()
@@ -902,11 +983,11 @@ def read_query(params: Mapping[str, str | list[str]], kind: type[T]) -> T:
         ]
         fields[name] = msgspec.Raw((f"[{','.join(texts)}]" if _is_list(kind, name) else texts[-1]).encode())
     try:
-        return structure(fields, kind)
+        return read_fields(fields, kind)
     except ValidationFailed as refusal:
         raise ValidationFailed(errors=[{**problem, "path": "?" + problem["path"][1:]} for problem in refusal.errors]) from None
 
 
 def _is_list(kind: type[Any], name: str) -> bool:
     field = attrs.fields_dict(kind).get(name)
-    return field is not None and any(get_origin(part) is list for part in get_args(field.type))
+    return field is not None and any(get_origin(part) is list for part in get_args(sendable(field)))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from service import Corner, wait_until
 
-from ai_service import MAX_GATHERED, Gathering, Refusal, ServiceFull
+from ai_internal.server.group_commit import MAX_ITEMS, GroupCommit
+from ai_internal.server.requests import Refusal, ServiceFull
 
 # ---------------------------------------------------------------- by itself
 
@@ -33,12 +34,12 @@ class Slow:
 @contextmanager
 def calls(act: Slow, items: Sequence[int], size: int = 1) -> Iterator[list[Any]]:
     """One call after the other comes while the first is under way; inside, all wait. What each got is there afterwards."""
-    gathering, got = Gathering(act), []
+    commits, got = GroupCommit(act), []
     with ThreadPoolExecutor(len(items)) as threads:
         futures = []
         for item in items:
-            futures.append(threads.submit(gathering.call, item, size))
-            wait_until(lambda: act.batches and len(gathering._waiting) == len(futures) - 1, what="the call to wait")
+            futures.append(threads.submit(commits.run, item, size))
+            wait_until(lambda: act.batches and len(commits._waiting) == len(futures) - 1, what="the call to wait")
         yield got
     got += [future.exception() or future.result() for future in futures]
 
@@ -56,7 +57,7 @@ def test_a_statement_takes_so_many_calls_and_so_many_bytes() -> None:
     with calls(act, range(5), size=3 << 20):
         act.may_go_on.release(5)
     assert [len(batch) for batch in act.batches] == [1, 1, 1, 1, 1]
-    assert MAX_GATHERED == 100
+    assert MAX_ITEMS == 100
 
 
 def test_an_ill_item_fails_alone() -> None:
