@@ -22,6 +22,7 @@ from service import INHERITED, Service, program, wait_until
 import providers.openclaw
 import providers.vllm
 import providers.whisperx
+from ai_internal.server.operations import OPERATIONS
 from ai_internal.worker import worker
 from ai_service import Settings
 from providers.settings import SettingsError, declared
@@ -304,3 +305,20 @@ def test_check_is_content_with_a_running_service(service: Service) -> None:
     done = command("check", service.environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ready, schema version" in done.stdout
+
+
+# ── The table of the API
+
+
+def api_table() -> str:
+    """The table in the README, made of the operations."""
+    rows = [
+        f"| `{method} {path.replace('{job_id}', '{id}')}` | {operation.summary} | {', '.join(operation.roles) or 'everybody'} |"
+        for (method, path), operation in OPERATIONS.items()
+        if method not in ("HEAD", "OPTIONS")
+    ]
+    return "\n".join(["| method and path | does | roles |", "| --- | --- | --- |", *rows])
+
+
+def test_the_table_of_the_api_in_the_readme_is_that_of_the_operations() -> None:
+    assert api_table() in README, f"the table in README.md should be:\n\n{api_table()}"

@@ -643,7 +643,7 @@ OPERATIONS: Table = {
         request=PauseRequest,
         answers={200: Paused},
     ),
-    **_probe("/healthz", "health", "Whether the process lives; it asks nobody", Health),
+    **_probe("/healthz", "health", "Whether the process lives", Health),
     **_probe("/readyz", "readiness", "Whether requests can be served", Readiness),
     ("GET", "/metrics"): Operation(
         name="metrics",
@@ -661,13 +661,13 @@ OPERATIONS: Table = {
     ("GET", "/openapi.json"): Operation(
         name="openapi",
         group=DOCUMENTS,
-        summary="This document",
+        summary="The OpenAPI document of this interface",
         answers={200: "application/json"},
     ),
     ("GET", "/docs"): Operation(
         name="docs",
         group=DOCUMENTS,
-        summary="A page to read it",
+        summary="A page that shows the OpenAPI document",
         answers={200: "text/html"},
     ),
 }
