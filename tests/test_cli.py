@@ -534,6 +534,8 @@ def test_stats_show_what_waits_runs_and_failed(cli: Cli, corner: Corner) -> None
     failing(corner, 2, category="gpu_on_fire")
     corner.take()
     corner.batch([{} for _ in range(3)])
+    row_of = lambda out: re.search(rf"^{corner.owner_service} .*", out, re.MULTILINE)  # noqa: E731
+    wait_until(lambda: (row := row_of(cli("stats").out)) and row[0].split()[5] == "2", what="the counters")
     out = cli("stats").out
     for name in (corner.model_profile, corner.owner_service, corner.task_type):
         [row] = [line.split() for line in out.splitlines() if line.startswith(f"{name} ")]
@@ -561,7 +563,7 @@ def test_what_is_paused_is_shown_until_it_is_resumed(cli: Cli, corner: Corner) -
 def test_workers_and_providers_are_shown_with_their_circuits(cli: Cli, corner: Corner) -> None:
     provider = {"name": "vllm", "status": "degraded", "circuit": "open", "model_profiles": ["m", "n"], "detail": "bad\x1b[31m"}
     corner.claim(worker={"version": "9.9", "capacity": 4, "running": 1, "providers": [provider]})
-    [row] = [line for line in cli("workers").out.splitlines() if line.startswith(corner.worker_id)]
+    [row] = wait_until(lambda: [line for line in cli("workers").out.splitlines() if line.startswith(corner.worker_id)])
     assert re.fullmatch(rf"{corner.worker_id} +\d\.\ds +1/4  9\.9 +vllm degraded \(open\)", row)
     listed = cli("providers").out.splitlines()
     assert [re.split(" {2,}", line) for line in listed if line.startswith(corner.worker_id)] == [

@@ -22,7 +22,7 @@ import attrs
 import pytest
 from fake_service import Behaviour, FakeService, answers, forwards_and, hangs, loses, problem
 from packaging.requirements import Requirement
-from service import MAIN, Api, Corner, Service
+from service import MAIN, Api, Corner, Service, wait_until
 
 from ai_client import (
     AIService,
@@ -518,7 +518,7 @@ def test_operator_calls(real: AIService, corner: Corner) -> None:
     real.resume(task_types=[corner.task_type])
     assert len(real.claim(corner.worker_id, model_profiles=[corner.model_profile]).jobs) == 1
     assert real.stats(3600)["window_seconds"] == 3600
-    assert any(worker["worker_id"] == corner.worker_id for worker in real.workers())
+    wait_until(lambda: any(worker["worker_id"] == corner.worker_id for worker in real.workers()))
     assert "providers" in real.providers_status()
     assert real.healthz()
     assert real.readyz()

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from postgres import connect, fresh_schema
@@ -162,14 +163,21 @@ def test_requests_are_counted_by_route_and_not_by_path(metered: Service) -> None
     assert [total(metered, name, **labels) for name, labels in counters] == [count + 3 for count in before]
 
 
+def seen(metered: Service, worker_id: str, report: dict[str, Any] | None = None) -> None:
+    """Has upkeep write down a worker, and with it those that were seen before."""
+    metered.api.post("/api/v1/jobs/claim", {"worker_id": worker_id, "worker": report})
+    wait_until(lambda: worker_id in [each["worker_id"] for each in metered.api.get("/api/v1/workers").json["workers"]])
+
+
 def test_workers_and_what_they_report_of_their_providers(metered: Service) -> None:
+    seen(metered, "before")
     before = [total(metered, name) for name in ("workers", "workers_capacity")]
     report = {
         "capacity": 4,
         "running": 1,
         "providers": [{"name": "vllm", "status": "ok", "circuit": "open"}],
     }
-    Corner(metered.api).claim(worker=report)
+    seen(metered, "with a report", report)
     after = [total(metered, name) for name in ("workers", "workers_capacity")]
     assert after == [before[0] + 1, before[1] + 4]
     assert figure(metered, "worker_providers", provider="vllm", status="ok", circuit="open") == 1
@@ -227,14 +235,15 @@ def test_the_alert_rules_hold_and_name_existing_metrics(metered: Service) -> Non
 
 
 def test_a_report_that_python_cannot_read_spoils_no_scrape(metered: Service) -> None:
+    seen(metered, "before these")
     before = [total(metered, name) for name in ("workers", "workers_capacity")]
     for number, report in enumerate((b'{"capacity": 4, "more": 1e999}', b'{"capacity": 3}')):
         body = b'{"worker_id": "unreadable-%d", "worker": %b}' % (number, report)
         answer = metered.api.post("/api/v1/jobs/claim", body=body)
         assert answer.status == 200, answer
-    metered.api.get("/api/v1/workers")
+    seen(metered, "after these")
     after = [total(metered, name) for name in ("workers", "workers_capacity")]
-    assert after == [before[0] + 2, before[1] + 3]
+    assert after == [before[0] + 3, before[1] + 3]
 
 
 def test_what_the_server_refuses_itself_is_counted(metered: Service) -> None:
