@@ -42,9 +42,8 @@ def write_busy(stat: Path, busy: dict[int, int]) -> None:
 
 
 @several_cores
-def test_all_threads_of_the_service_keep_to_one_core(postgres_url: str, schema: str) -> None:
-    with running_service(postgres_url, schema) as service:
-        assert len(cores_of(service)) == 1
+def test_all_threads_of_the_service_keep_to_one_core(service: Service) -> None:
+    assert len(cores_of(service)) == 1
 
 
 @several_cores
@@ -92,24 +91,23 @@ def test_the_threads_stay_where_nobody_else_is(tmp_path: Path, any_core: None) -
     assert core.number == first
 
 
-def test_a_hundred_idle_connections_and_requests_in_a_row_on_one(postgres_url: str, schema: str) -> None:
+def test_a_hundred_idle_connections_and_requests_in_a_row_on_one(service: Service) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-    with running_service(postgres_url, schema) as service:
-        address = ("127.0.0.1", service.api.port)
-        idle = [socket.create_connection(address) for _ in range(100)]
-        with socket.create_connection(address, timeout=20) as busy:
-            # More than one at a time: the connection is not read meanwhile, and must be read again afterwards.
-            busy.sendall(request * 20)
-            answers = b""
-            while answers.count(b'"status":"ok"') < 20:
-                answers += busy.recv(65536) or pytest.fail(f"closed after {answers!r}")
-            for _ in range(20):
-                busy.sendall(request)
-                assert b'"status":"ok"' in busy.recv(65536)
-        before = len(open_files(service))
-        for connection in idle:
-            connection.close()
-        wait_until(lambda: len(open_files(service)) <= before - 100, what="the connections' end")
+    address = ("127.0.0.1", service.api.port)
+    idle = [socket.create_connection(address) for _ in range(100)]
+    with socket.create_connection(address, timeout=20) as busy:
+        # More than one at a time: the connection is not read meanwhile, and must be read again afterwards.
+        busy.sendall(request * 20)
+        answers = b""
+        while answers.count(b'"status":"ok"') < 20:
+            answers += busy.recv(65536) or pytest.fail(f"closed after {answers!r}")
+        for _ in range(20):
+            busy.sendall(request)
+            assert b'"status":"ok"' in busy.recv(65536)
+    before = len(open_files(service))
+    for connection in idle:
+        connection.close()
+    wait_until(lambda: len(open_files(service)) <= before - 100, what="the end of the connections")
 
 
 # ---------------------------------------------------------------- room for large bodies and answers
