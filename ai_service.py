@@ -1227,7 +1227,7 @@ def check_worker(environ: Mapping[str, str]) -> int:
     return 0 if any(one.provider for one in listed) else 1
 
 
-def _print_providers(listed: Sequence[providers.Listed]) -> None:
+def _print_providers(listed: Sequence[providers.InstalledProvider]) -> None:
     for one, item in zip(listed, providers.check_all(listed), strict=True):
         print(printable(f"provider {item['name']}: {item['status']}{', ' + item['detail'] if item.get('detail') else ''}"))
         for name, shown in one.settings.items():

@@ -88,8 +88,8 @@ __all__ = [
     "UNSUPPORTED",
     "Checks",
     "Health",
+    "InstalledProvider",
     "Job",
-    "Listed",
     "Never",
     "NotCompleted",
     "NotConfigured",
@@ -331,7 +331,7 @@ class Provider(Protocol):
 
 
 @attrs.frozen(kw_only=True)
-class Listed:
+class InstalledProvider:
     """One installed provider: made, or the reason why it could not be."""
 
     name: str
@@ -353,40 +353,44 @@ class Listed:
         return () if self.provider is None else tuple(self.provider.model_profiles)
 
 
-def discover(environ: Mapping[str, str]) -> tuple[Listed, ...]:
+def discover(environ: Mapping[str, str]) -> tuple[InstalledProvider, ...]:
     """Make every installed provider from the environment, in the order of their names. Raises nothing.
 
     One that has no settings, or cannot be imported or made, is listed with the reason in its `health`; the others go on.
     """
     entries = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
-    return tuple(_listed(entry, environ) for entry in entries)
+    return tuple(_load_provider(entry, environ) for entry in entries)
 
 
-def by_profile(listed: Sequence[Listed], order: Mapping[str, Sequence[str]] | None = None) -> dict[str, tuple[Listed, ...]]:
+def by_profile(
+    installed: Sequence[InstalledProvider], order: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, tuple[InstalledProvider, ...]]:
     """The providers that run the jobs of each profile, the first choice first.
 
     `order` names providers for a profile: those and no others run it, in that order. A profile it leaves out must be served by one provider
     only. Raises `SettingsError` with all that contradicts this; a provider in the order that could not be made is passed over.
     """
-    problems = _problems_of_names(listed)
-    wanted = order or {}
-    served = dict.fromkeys(profile for one in listed for profile in one.model_profiles)
-    chosen = {profile: _ordered(profile, wanted[profile], listed, problems) for profile in wanted}
-    chosen |= {profile: _only(profile, listed, problems) for profile in served if profile not in wanted}
+    problems = _duplicate_names(installed)
+    orders = order or {}
+    served = dict.fromkeys(profile for one in installed for profile in one.model_profiles)
+    routes = {profile: _in_order(profile, orders[profile], installed, problems) for profile in orders}
+    routes |= {profile: _sole_provider(profile, installed, problems) for profile in served if profile not in orders}
     if problems:
         raise SettingsError(problems)
-    return chosen
+    return routes
 
 
-def _problems_of_names(listed: Sequence[Listed]) -> list[str]:
+def _duplicate_names(installed: Sequence[InstalledProvider]) -> list[str]:
     """Orders, circuits and reports go by name."""
-    made = [one for one in listed if one.provider is not None]
+    made = [one for one in installed if one.provider is not None]
     twice = {one.name: [other.origin for other in made if other.name == one.name] for one in made}
     return [f"{name} is the name of several providers, {', '.join(origins)}" for name, origins in twice.items() if len(origins) > 1]
 
 
-def _ordered(profile: str, names: Sequence[str], listed: Sequence[Listed], problems: list[str]) -> tuple[Listed, ...]:
-    known = {one.name: one for one in listed}
+def _in_order(
+    profile: str, names: Sequence[str], installed: Sequence[InstalledProvider], problems: list[str]
+) -> tuple[InstalledProvider, ...]:
+    known = {one.name: one for one in installed}
     unknown = [name for name in names if name not in known]
     problems += [f"{profile} is to be served by {name}, which is not installed" for name in unknown]
     made = [known[name] for name in names if name in known and known[name].provider is not None]
@@ -396,8 +400,8 @@ def _ordered(profile: str, names: Sequence[str], listed: Sequence[Listed], probl
     return tuple(made)
 
 
-def _only(profile: str, listed: Sequence[Listed], problems: list[str]) -> tuple[Listed, ...]:
-    serving = tuple(one for one in listed if profile in one.model_profiles)
+def _sole_provider(profile: str, installed: Sequence[InstalledProvider], problems: list[str]) -> tuple[InstalledProvider, ...]:
+    serving = tuple(one for one in installed if profile in one.model_profiles)
     if len(serving) > 1:
         names = " and ".join(f"{one.name} ({one.origin})" for one in serving)
         problems.append(
@@ -406,7 +410,7 @@ def _only(profile: str, listed: Sequence[Listed], problems: list[str]) -> tuple[
     return serving
 
 
-def _listed(entry: EntryPoint, environ: Mapping[str, str]) -> Listed:
+def _load_provider(entry: EntryPoint, environ: Mapping[str, str]) -> InstalledProvider:
     """The provider of one entry point, or why there is none."""
     facts: dict[str, Any] = {"name": entry.name, "origin": entry.value}
     secrets = secrets_in(environ)
@@ -416,21 +420,21 @@ def _listed(entry: EntryPoint, environ: Mapping[str, str]) -> Listed:
             facts["settings"] = shown_settings(kind, environ)
             secrets = secrets_in(environ, declared(kind))
         provider: Provider = maker(environ)
-        _refuse_what_is_no_provider(provider)
+        _check_protocol(provider)
     except NotConfigured as absent:
-        return Listed(**facts, health=Health("not_configured", redact(str(absent), secrets)))
+        return InstalledProvider(**facts, health=Health("not_configured", redact(str(absent), secrets)))
     except SettingsError as wrong:
         problems = tuple(redact(problem, secrets) for problem in wrong.problems)
         log.warning("provider_settings_refused name=%s problems=%s", entry.name, "; ".join(problems))
-        return Listed(**facts, health=Health("unavailable", "; ".join(problems)), problems=problems)
+        return InstalledProvider(**facts, health=Health("unavailable", "; ".join(problems)), problems=problems)
     except (Exception, SystemExit) as error:  # noqa: BLE001 -- a stranger's code; whatever it does, the others go on
         reason = redact(f"{type(error).__name__}: {error}", secrets)
         log.warning("provider_skipped name=%s origin=%s reason=%s", entry.name, entry.value, reason)
-        return Listed(**facts, health=Health("unavailable", reason))
-    return Listed(**facts, provider=provider, secrets=secrets)
+        return InstalledProvider(**facts, health=Health("unavailable", reason))
+    return InstalledProvider(**facts, provider=provider, secrets=secrets)
 
 
-def _refuse_what_is_no_provider(thing: object) -> None:
+def _check_protocol(thing: object) -> None:
     missing = [member for member in ("name", "model_profiles", "check", "run") if not hasattr(thing, member)]
     if missing:
         raise TypeError(f"{type(thing).__name__} is no provider: it has no {', '.join(missing)}")
@@ -448,8 +452,8 @@ def _refuse_what_is_no_provider(thing: object) -> None:
 class Checks:
     """Looks at the same providers again and again. One whose last check has not returned yet is not asked meanwhile."""
 
-    def __init__(self, listed: Sequence[Listed]) -> None:
-        self._checks = [_Check(one) for one in listed]
+    def __init__(self, installed: Sequence[InstalledProvider]) -> None:
+        self._checks = [_Check(one) for one in installed]
 
     def look(self, limit_seconds: float = CHECK_LIMIT_SECONDS) -> list[dict[str, Any]]:
         """How all of them are, looked at at once, in their order, after at most `limit_seconds`. Raises nothing. For one thread at a time.
@@ -458,38 +462,38 @@ class Checks:
         and `detail`. A provider that has not answered in time is `unavailable`. Secrets and user info are taken out of every text.
         """
         until = time.monotonic() + limit_seconds
-        self._checks = [check if check.is_alive() else check.begun_anew() for check in self._checks]
+        self._checks = [check if check.is_alive() else check.restarted() for check in self._checks]
         for check in self._checks:
             check.join(max(0.0, until - time.monotonic()))
         late = Health("unavailable", f"did not answer within {limit_seconds:g} s")
-        return [_item(check.listed, late if check.is_alive() else check.health or late) for check in self._checks]
+        return [_describe_health(check.installed, late if check.is_alive() else check.health or late) for check in self._checks]
 
 
-def check_all(listed: Sequence[Listed], limit_seconds: float = CHECK_LIMIT_SECONDS) -> list[dict[str, Any]]:
+def check_all(installed: Sequence[InstalledProvider], limit_seconds: float = CHECK_LIMIT_SECONDS) -> list[dict[str, Any]]:
     """One look at all providers, as `Checks.look` does it."""
-    return Checks(listed).look(limit_seconds)
+    return Checks(installed).look(limit_seconds)
 
 
 class _Check(threading.Thread):
     """One provider's check. A daemon, so that one that never returns cannot hold up the process's end."""
 
-    def __init__(self, listed: Listed) -> None:
-        super().__init__(name=f"check-{listed.name}", daemon=True)
-        self.listed = listed
-        self.health = listed.health
+    def __init__(self, installed: InstalledProvider) -> None:
+        super().__init__(name=f"check-{installed.name}", daemon=True)
+        self.installed = installed
+        self.health = installed.health
 
-    def begun_anew(self) -> "_Check":
+    def restarted(self) -> "_Check":
         """Another look at the same provider, under way."""
-        another = _Check(self.listed)
+        another = _Check(self.installed)
         another.start()
         return another
 
     def run(self) -> None:
-        if self.listed.provider is not None:
-            self.health = _health_of(self.listed.provider)
+        if self.installed.provider is not None:
+            self.health = _run_check(self.installed.provider)
 
 
-def _health_of(provider: Provider) -> Health:
+def _run_check(provider: Provider) -> Health:
     try:
         health = provider.check()
     except Exception as error:  # noqa: BLE001 -- a stranger's code; a check that breaks is a finding, not the end of the page
@@ -497,17 +501,17 @@ def _health_of(provider: Provider) -> Health:
     return health if isinstance(health, Health) else Health("unavailable", f"its check returned {type(health).__name__}, not Health")
 
 
-def _item(listed: Listed, health: Health) -> dict[str, Any]:
+def _describe_health(installed: InstalledProvider, health: Health) -> dict[str, Any]:
     known = {
         "models": list(health.models) or None,
-        "endpoint": redact(health.endpoint or "", listed.secrets) or None,
+        "endpoint": redact(health.endpoint or "", installed.secrets) or None,
         "latency_ms": None if health.latency_ms is None else round(health.latency_ms, 1),
-        "detail": redact(health.detail or "", listed.secrets) or None,
+        "detail": redact(health.detail or "", installed.secrets) or None,
     }
     return {
-        "name": listed.name,
+        "name": installed.name,
         "status": health.status,
-        "model_profiles": list(listed.model_profiles),
+        "model_profiles": list(installed.model_profiles),
         **{name: value for name, value in known.items() if value is not None},
         "checked_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
     }

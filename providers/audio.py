@@ -49,7 +49,7 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from providers import CANCELLED, INVALID_INPUT, Job, Never, NotNow, setting
-from providers.exchange import Exchange, request_headers, retry_after, seconds_to, time_limit, was_cancelled
+from providers.exchange import Exchange, cancellation, deadline_after, request_headers, retry_after, seconds_until
 from providers.settings import duration, whole
 
 MAX_CHUNKS = 10_000
@@ -61,10 +61,10 @@ SOURCES = ("audio_url", "audio_base64", "audio_path")
 MAX_REDIRECTS = 5
 IDLE_SECONDS = 30.0
 """How long a download may pause."""
-SPOOL_BYTES = 4 * 1024 * 1024
+MAX_MEMORY_BYTES = 4 * 1024 * 1024
 """How much of a file is held in memory before it goes to disk."""
 BLOCK_BYTES = 65_536
-LOWEST_BYTES_PER_SECOND = 1_000
+MIN_BYTES_PER_SECOND = 1_000
 """The thinnest audio in use, speech at 8 kbit/s. More bytes than these make a second, so a file's size bounds its length."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -129,14 +129,14 @@ class Audio:
     """The kind of file its first bytes speak of, `wav` or `mp3` for example; None when they speak of none."""
     seconds: float | None = None
     """How long it is, where the file says so and is simple enough to be believed; else None."""
-    broken: str | None = None
+    defect: str | None = None
     """Why no decoder will make anything of it, as far as its bytes can tell; None if they look right."""
     _file: IO[bytes] = attrs.field(repr=False)
 
     @property
-    def most_seconds(self) -> float:
+    def max_seconds(self) -> float:
         """What it lasts at the longest: good for a time limit, and for nothing else."""
-        return self.size / LOWEST_BYTES_PER_SECOND if self.seconds is None else self.seconds
+        return self.size / MIN_BYTES_PER_SECOND if self.seconds is None else self.seconds
 
     def blocks(self) -> Iterator[bytes]:
         """All of it, from the beginning, piece by piece."""
@@ -156,17 +156,17 @@ def audio_of(job: Job, settings: AudioSettings) -> Iterator[Audio]:
     source, given = _source(job.input)
     with contextlib.ExitStack() as stack:
         if source == "audio_path":
-            file = stack.enter_context(_file_below(settings.audio_folder, given))
+            file = stack.enter_context(_file_in(settings.audio_folder, given))
             size = os.fstat(file.fileno()).st_size
         else:
-            blocks = _decoded(given, settings) if source == "audio_base64" else _fetched(given, settings, job)
-            file = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))
-            size = _stored(stack.enter_context(contextlib.closing(blocks)), file, settings)
+            blocks = _decode_base64(given, settings) if source == "audio_base64" else _download(given, settings, job)
+            file = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=MAX_MEMORY_BYTES))
+            size = _store(stack.enter_context(contextlib.closing(blocks)), file, settings)
         if size > settings.max_audio_bytes:
             raise _too_big(settings)
         if not size:
             raise Never(INVALID_INPUT, f"{source}: the audio is empty")
-        yield _looked_at(file, size)
+        yield _inspect(file, size)
 
 
 # ---------------------------------------------------------------- sources
@@ -186,7 +186,7 @@ def _source(given: Mapping[str, Any]) -> tuple[str, str]:
     return named[0], given[named[0]]
 
 
-def _stored(blocks: Iterator[bytes], file: IO[bytes], settings: AudioSettings) -> int:
+def _store(blocks: Iterator[bytes], file: IO[bytes], settings: AudioSettings) -> int:
     size = 0
     for block in blocks:
         size += file.write(block)
@@ -199,7 +199,7 @@ def _too_big(settings: AudioSettings) -> Never:
     return Never(INVALID_INPUT, f"the audio has more than {settings.max_audio_bytes} bytes (AUDIO_MAX_BYTES)")
 
 
-def _decoded(text: str, settings: AudioSettings) -> Generator[bytes, None, None]:
+def _decode_base64(text: str, settings: AudioSettings) -> Generator[bytes, None, None]:
     """The bytes of base64, which may be broken into lines. In pieces, because the text is large enough."""
     text = text.replace("\r", "").replace("\n", "")
     if len(text) // 4 * 3 - 2 > settings.max_audio_bytes:
@@ -214,12 +214,12 @@ def _decoded(text: str, settings: AudioSettings) -> Generator[bytes, None, None]
 
 
 @contextlib.contextmanager
-def _file_below(folder: Path | None, path: str) -> Iterator[IO[bytes]]:
+def _file_in(folder: Path | None, path: str) -> Iterator[IO[bytes]]:
     """The file at this path of the folder, opened so that nothing outside of it can be meant. Raises `Never`, `NotNow`."""
     if folder is None:
         raise Never(INVALID_INPUT, "audio_path cannot be used here: AUDIO_FOLDER is not set")
     try:
-        descriptor = _opened_below(Path(os.path.realpath(folder)), path)
+        descriptor = _open_in(Path(os.path.realpath(folder)), path)
     except ValueError:
         raise Never(INVALID_INPUT, "audio_path leads out of AUDIO_FOLDER") from None
     except OSError as error:
@@ -233,7 +233,7 @@ def _file_below(folder: Path | None, path: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _opened_below(root: Path, path: str) -> int:
+def _open_in(root: Path, path: str) -> int:
     """A descriptor of the file. Raises OSError, and ValueError if the path leads out of the root.
 
     Links inside the root are followed first. Then each step from the root is taken without following any, so that one put there meanwhile
@@ -253,22 +253,22 @@ def _opened_below(root: Path, path: str) -> int:
 # ---------------------------------------------------------------- fetching
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_LATER = frozenset({408, 425, 429})
+_RETRYABLE = frozenset({408, 425, 429})
 
 
-def _fetched(text: str, settings: AudioSettings, job: Job) -> Generator[bytes, None, None]:
+def _download(text: str, settings: AudioSettings, job: Job) -> Generator[bytes, None, None]:
     """What this URL leads to. Raises `Never` for what it must not lead to or will never have, else `NotNow`."""
-    until = time_limit(job, settings.audio_url_seconds)
+    until = deadline_after(job, settings.audio_url_seconds)
     url = _web_url(text)
     try:
         for _ in range(MAX_REDIRECTS + 1):
             addresses = _addresses(url, settings.audio_private_hosts, until, job.cancelled)
-            with _asked(url, addresses, until, job) as (exchange, response):
+            with _get(url, addresses, until, job) as (exchange, response):
                 if response.status not in _REDIRECTS:
-                    _refuse_what_is_no_file(response, url, settings)
+                    _raise_unless_file(response, url, settings)
                     yield from exchange.blocks(response, max_bytes=math.inf)
                     return
-                url = _web_url(_joined(url, response.headers.get("location", "")))
+                url = _web_url(_redirect_url(url, response.headers.get("location", "")))
     except NotNow as trouble:
         if trouble.category == CANCELLED:
             raise
@@ -277,15 +277,15 @@ def _fetched(text: str, settings: AudioSettings, job: Job) -> Generator[bytes, N
 
 
 @contextlib.contextmanager
-def _asked(url: Url, addresses: list[str], until: float, job: Job) -> Iterator[tuple[Exchange, urllib3.HTTPResponse]]:
+def _get(url: Url, addresses: list[str], until: float, job: Job) -> Iterator[tuple[Exchange, urllib3.HTTPResponse]]:
     origin = url._replace(path=None, query=None, fragment=None)
     with Exchange(
-        origin, limit_seconds=seconds_to(until), idle_seconds=IDLE_SECONDS, cancelled=job.cancelled, addresses=addresses
+        origin, limit_seconds=seconds_until(until), idle_seconds=IDLE_SECONDS, cancelled=job.cancelled, addresses=addresses
     ) as exchange:
         yield exchange, exchange.send("GET", url.request_uri, request_headers("*/*", None))
 
 
-def _joined(url: Url, location: str) -> str:
+def _redirect_url(url: Url, location: str) -> str:
     try:
         return urljoin(url.url, location)
     except ValueError:
@@ -306,10 +306,10 @@ def _web_url(text: str) -> Url:
     return url
 
 
-def _refuse_what_is_no_file(response: urllib3.HTTPResponse, url: Url, settings: AudioSettings) -> None:
+def _raise_unless_file(response: urllib3.HTTPResponse, url: Url, settings: AudioSettings) -> None:
     """Raises `NotNow`, `Never` for any answer but a whole file."""
     answered = f"{url.host} answered {response.status}"
-    if response.status in _LATER or response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if response.status in _RETRYABLE or response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         raise NotNow(AUDIO_UNAVAILABLE, answered, retry_in_seconds=retry_after(response))
     if response.status != HTTPStatus.OK:
         raise Never(INVALID_INPUT, f"audio_url: {answered}")
@@ -352,14 +352,14 @@ def is_public(address: Address) -> bool:
 def _addresses(url: Url, private: PrivateHosts | None, until: float, cancelled: threading.Event) -> list[str]:
     """The addresses of the URL's host that may be connected to, in the order to try them. Raises `Never` if there are none."""
     host = (url.host or "").strip("[]")
-    found = _looked_up(host, until, cancelled)
+    found = _resolve(host, until, cancelled)
     permitted = [str(address) for address in found if (private or PrivateHosts()).permits(host, address)]
     if not permitted:
         raise Never(INVALID_INPUT, f"audio_url: {host} is not at a public address, nor among AUDIO_PRIVATE_HOSTS")
     return permitted
 
 
-def _looked_up(host: str, until: float, cancelled: threading.Event) -> list[Address]:
+def _resolve(host: str, until: float, cancelled: threading.Event) -> list[Address]:
     """The addresses of a host. In a thread of its own: the lookup itself knows neither limit nor cancellation."""
     answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
 
@@ -378,7 +378,7 @@ def _looked_up(host: str, until: float, cancelled: threading.Event) -> list[Addr
             return list(dict.fromkeys(_address(item[4][0]) for item in answer))
         if time.monotonic() >= until:
             raise NotNow(AUDIO_UNAVAILABLE, f"the address of {host} was not found in time")
-    raise was_cancelled()
+    raise cancellation()
 
 
 def _address(text: str) -> Address:
@@ -406,24 +406,24 @@ _MAGIC = (
     (0, b"\x00\x00\x01\xba", "mpg"),
 )
 """Where in a file which bytes stand, and what it then is. MPEG audio without a tag begins with eleven bits set instead."""
-_LEAST_BYTES = 128
+_MIN_BYTES = 128
 """No container holds any sound in less; a WAV file does."""
-_PLAIN_WAV = frozenset({1, 3, 6, 7, 0xFFFE})
+_CONSTANT_RATE_WAV = frozenset({1, 3, 6, 7, 0xFFFE})
 """Formats of WAV in which every second has the same number of bytes: PCM, float, A-law, µ-law and their extensible form."""
 
 
-def _looked_at(file: IO[bytes], size: int) -> Audio:
+def _inspect(file: IO[bytes], size: int) -> Audio:
     suffix = _suffix(file)
-    seconds, broken = None, None
+    seconds, defect = None, None
     if suffix is None:
-        broken = "it begins like no audio file"
+        defect = "it begins like no audio file"
     elif suffix == "wav":
-        seconds, broken = _wav(file, size)
-    elif size < _LEAST_BYTES:
-        broken = "it is too short to hold any sound"
+        seconds, defect = _wav(file, size)
+    elif size < _MIN_BYTES:
+        defect = "it is too short to hold any sound"
     elif suffix == "m4a" and not _has_index(file, size):
-        broken = "it is cut off before its index"
-    return Audio(size=size, suffix=suffix, seconds=seconds, broken=broken, file=file)
+        defect = "it is cut off before its index"
+    return Audio(size=size, suffix=suffix, seconds=seconds, defect=defect, file=file)
 
 
 def _suffix(file: IO[bytes]) -> str | None:
@@ -449,11 +449,11 @@ def _wav(file: IO[bytes], size: int) -> tuple[float | None, str | None]:
         name, length, *_ = struct.unpack("<4sI", file.read(8))
         if name == b"fmt " and length >= 16 and at + 24 <= size:
             kind, _, rate, _, frame_bytes, _ = struct.unpack("<HHIIHH", file.read(16))
-            per_second = rate * frame_bytes if kind in _PLAIN_WAV else 0
+            per_second = rate * frame_bytes if kind in _CONSTANT_RATE_WAV else 0
         if name == b"data":
-            there = size - at - 8
-            samples = min(length or there, there)
-            believable = LOWEST_BYTES_PER_SECOND <= per_second <= 100_000_000
+            available = size - at - 8
+            samples = min(length or available, available)
+            believable = MIN_BYTES_PER_SECOND <= per_second <= 100_000_000
             return samples / per_second if believable and samples else None, None if samples else "it holds no samples"
         at += 8 + length + length % 2
     return None, "it holds no samples"

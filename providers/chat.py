@@ -24,7 +24,7 @@ not known is left out. Failed attempts have it as far as it is known.
 JSON asked for and not delivered is a failure, whatever the status says: cut at a length it is `truncated`, else not valid JSON (no NaN, no
 raw control characters, no half surrogates) `invalid_output`.
 
-Sections: request, exchange, refusals, answer, result.
+Sections: request, exchange, error responses, answer, result.
 """
 
 import json
@@ -50,7 +50,17 @@ from providers import (
     NotCompleted,
     NotNow,
 )
-from providers.exchange import CHECK_SECONDS, Exchange, Refusal, counts_in, raw_usage, refusal_of, request_headers, request_id, said
+from providers.exchange import (
+    CHECK_SECONDS,
+    ErrorResponse,
+    Exchange,
+    error_text,
+    raw_usage,
+    read_error,
+    request_headers,
+    request_id,
+    token_counts,
+)
 
 MAX_JSON_DEPTH = 400
 """The service takes 500 levels, and the parsed text stands some levels down in what the worker sends."""
@@ -64,17 +74,17 @@ T = TypeVar("T")
 # ---------------------------------------------------------------- request
 
 
-def requested(input_: Any) -> dict[str, Any]:
+def parse_input(input_: Any) -> dict[str, Any]:
     """The members of a chat-completions body that a job's input asks for. Raises `Never` when it is none of the forms described above."""
     given = {"prompt": input_} if isinstance(input_, str) else input_
     if not isinstance(given, dict):
         raise Never(INVALID_INPUT, "input must be a text, or an object with messages or prompt")
-    if problems := "; ".join(_problems(given)):
+    if problems := "; ".join(_input_problems(given)):
         raise Never(INVALID_INPUT, problems)
     return {name: value for name, value in given.items() if name not in ("prompt", "system")} | {"messages": _messages(given)}
 
 
-def _problems(given: Mapping[str, Any]) -> Iterator[str]:
+def _input_problems(given: Mapping[str, Any]) -> Iterator[str]:
     if ("messages" in given) == ("prompt" in given):
         yield "input must have either messages or prompt"
     if "system" in given and "messages" in given:
@@ -89,13 +99,13 @@ def _messages(given: Mapping[str, Any]) -> list[Any]:
         if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
             raise Never(INVALID_INPUT, "messages must be a list of at least one object")
         return messages
-    texts = {role: given[name] for role, name in (("system", "system"), ("user", "prompt")) if given.get(name) is not None}
-    if not given["prompt"] or not all(isinstance(text, str) for text in texts.values()):
+    contents = {role: given[name] for role, name in (("system", "system"), ("user", "prompt")) if given.get(name) is not None}
+    if not given["prompt"] or not all(isinstance(text, str) for text in contents.values()):
         raise Never(INVALID_INPUT, "prompt must be a text that is not empty, and system a text")
-    return [{"role": role, "content": text} for role, text in texts.items()]
+    return [{"role": role, "content": text} for role, text in contents.items()]
 
 
-def other_model(request: Mapping[str, Any], ours: str, profile: str) -> Iterator[str]:
+def model_problems(request: Mapping[str, Any], ours: str, profile: str) -> Iterator[str]:
     """A sentence if the request names another model than the one that will answer; its profile's name is as good."""
     if request.get("model") not in (None, ours, profile):
         yield f"input asks for the model {str(request['model'])[:100]!r}, but its model_profile is served by {ours!r}"
@@ -123,7 +133,7 @@ class Server:
     """Taken out of what the server says."""
     timeout_seconds: float
     idle_seconds: float
-    outcome: "Callable[[Refusal], NotCompleted]" = attrs.field(repr=False)
+    outcome_of: "Callable[[ErrorResponse], NotCompleted]" = attrs.field(repr=False)
 
     @property
     def endpoint(self) -> str:
@@ -131,7 +141,7 @@ class Server:
         return self.url._replace(auth=None).url
 
 
-def receive(server: Server, job: Job, body: Mapping[str, Any], answer: "Answer") -> None:
+def stream_completion(server: Server, job: Job, body: Mapping[str, Any], completion: "Completion") -> None:
     """Fill the answer from the stream until its end. Raises what the failure means; the answer then holds what had come."""
     limit_seconds, text = job.seconds_allowed(server.timeout_seconds), _encoded(body)
     with Exchange(server.url, limit_seconds=limit_seconds, cancelled=job.cancelled) as exchange:
@@ -139,14 +149,14 @@ def receive(server: Server, job: Job, body: Mapping[str, Any], answer: "Answer")
         # vLLM names the request after its id, and two of one name at the same time would collide.
         headers |= {"Content-Type": "application/json", "X-Request-Id": request_id(job)}
         response = exchange.send("POST", "/chat/completions", headers, text)
-        _refuse_bad_status(response, server)
-        for event in _events(response, exchange.blocks(response)):
-            answer.add(_chunk(event, server, answer))
-            answer.report(job)
-            if answer.characters or answer.tool_calls:
+        _raise_for_status(response, server)
+        for event in _event_data(response, exchange.blocks(response)):
+            completion.add(_chunk(event, server, completion))
+            completion.report(job)
+            if completion.characters or completion.tool_calls:
                 # Not before: a server may open its stream at once, and then queue the request.
-                exchange.limit_idle(server.idle_seconds)
-        if answer.finish_reason is None:
+                exchange.set_idle_limit(server.idle_seconds)
+        if completion.finish_reason is None:
             raise NotNow(UNAVAILABLE, "the answer broke off before its end")
 
 
@@ -158,7 +168,7 @@ def _encoded(body: Mapping[str, Any]) -> bytes:
         raise Never(INVALID_INPUT, "input holds a number that is too large") from None
 
 
-def _events(response: urllib3.HTTPResponse, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _event_data(response: urllib3.HTTPResponse, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """The data of each server-sent event, up to `[DONE]`; of a server that does not stream, the whole body as one.
 
     An event stands on one line, as vLLM and OpenClaw write it. Comments and other fields are passed over.
@@ -177,11 +187,11 @@ def _events(response: urllib3.HTTPResponse, blocks: Iterator[bytes]) -> Iterator
                 yield data
 
 
-def look(server: Server, path: str, kind: type[T], *, limit_seconds: float, fine: tuple[int, ...] = (HTTPStatus.OK,)) -> T:
+def get_json(server: Server, path: str, kind: type[T], *, limit_seconds: float, accepted_statuses: tuple[int, ...] = (HTTPStatus.OK,)) -> T:
     """What a GET answers, as this type. Raises what the refusal means when the status is none of these."""
     with Exchange(server.url, limit_seconds=limit_seconds) as exchange:
         response = exchange.send("GET", path, request_headers(ACCEPT, server.authorization))
-        _refuse_bad_status(response, server, fine)
+        _raise_for_status(response, server, accepted_statuses)
         text = b"".join(exchange.blocks(response))
     try:
         return msgspec.json.decode(text, type=kind)
@@ -199,45 +209,45 @@ class _Models(msgspec.Struct):
 
 def served_models(server: Server, *, limit_seconds: float = CHECK_SECONDS) -> tuple[str, ...]:
     """The names in the server's list of models."""
-    return tuple(model.id for model in look(server, "/models", _Models, limit_seconds=limit_seconds).data)
+    return tuple(model.id for model in get_json(server, "/models", _Models, limit_seconds=limit_seconds).data)
 
 
-def health_of(server: Server, wanted: Iterable[str], ask: Callable[[], tuple[str, ...]]) -> Health:
+def check_models(server: Server, wanted: Iterable[str], ask: Callable[[], tuple[str, ...]]) -> Health:
     """How a server is that is asked for its models: `degraded` when one of those wanted is not among them."""
-    started = time.monotonic()
+    started_at = time.monotonic()
     try:
         models = ask()
     except NotCompleted as trouble:
         return Health("unavailable", trouble.message, endpoint=server.endpoint)
-    absent = _missing(wanted, models)
-    latency_ms = (time.monotonic() - started) * 1000
+    absent = _describe_missing(wanted, models)
+    latency_ms = (time.monotonic() - started_at) * 1000
     return Health("degraded" if absent else "ok", absent, models=models, endpoint=server.endpoint, latency_ms=latency_ms)
 
 
-def _missing(wanted: Iterable[str], models: tuple[str, ...]) -> str | None:
+def _describe_missing(wanted: Iterable[str], models: tuple[str, ...]) -> str | None:
     """A sentence that names those that are not served; None if all are."""
     absent = [name for name in dict.fromkeys(wanted) if name not in models]
     verb = "is" if len(absent) == 1 else "are"
     return f"{', '.join(absent)} {verb} not among the models served: {', '.join(models) or 'none'}" if absent else None
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- error responses
 
 
-def _refuse_bad_status(response: urllib3.HTTPResponse, server: Server, fine: tuple[int, ...] = (HTTPStatus.OK,)) -> None:
-    if response.status not in fine:
-        refusal = refusal_of(response, server.secrets)
-        raise server.outcome(attrs.evolve(refusal, kind=_kind_and_code(refusal.body)[0]))
+def _raise_for_status(response: urllib3.HTTPResponse, server: Server, accepted_statuses: tuple[int, ...] = (HTTPStatus.OK,)) -> None:
+    if response.status not in accepted_statuses:
+        error = read_error(response, server.secrets)
+        raise server.outcome_of(attrs.evolve(error, kind=_error_type_and_code(error.body)[0]))
 
 
-def _kind_and_code(body: bytes) -> tuple[str | None, int | None]:
+def _error_type_and_code(body: bytes) -> tuple[str | None, int | None]:
     """`type` of the `error` in a JSON body, and its `code` where that is a status."""
     try:
         error = msgspec.json.decode(body, type=_Chunk).error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None, None
-    facts = error if isinstance(error, dict) else {}
-    kind, code = facts.get("type"), facts.get("code")
+    members = error if isinstance(error, dict) else {}
+    kind, code = members.get("type"), members.get("code")
     return kind if isinstance(kind, str) else None, code if type(code) is int and code >= 400 else None
 
 
@@ -284,22 +294,22 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
-def _chunk(event: bytes, server: Server, answer: "Answer") -> _Chunk:
+def _chunk(event: bytes, server: Server, completion: "Completion") -> _Chunk:
     try:
         chunk = msgspec.json.decode(event, type=_Chunk)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise NotNow(UNAVAILABLE, "the answer broke off, or is no chat completion") from None
     if chunk.error is not None:
         # Both servers report their failure in a stream of status 200, and end it with [DONE] as if nothing were wrong.
-        kind, code = _kind_and_code(event)
-        text = said(event, "application/json", server.secrets)
-        begun = bool(answer.characters or answer.tool_calls)
-        raise server.outcome(Refusal(status=code, kind=kind, text=text, in_stream=True, begun=begun))
+        kind, code = _error_type_and_code(event)
+        text = error_text(event, "application/json", server.secrets)
+        has_output = bool(completion.characters or completion.tool_calls)
+        raise server.outcome_of(ErrorResponse(status=code, kind=kind, text=text, in_stream=True, has_output=has_output))
     return chunk
 
 
 @attrs.define
-class Answer:
+class Completion:
     """What has arrived so far."""
 
     content: list[str] = attrs.field(factory=list)
@@ -309,23 +319,23 @@ class Answer:
     logprobs: list[Any] = attrs.field(factory=list)
     finish_reason: str | None = None
     model: str | None = None
-    counted: Mapping[str, Any] = attrs.field(factory=dict)
-    started: float = attrs.field(factory=time.monotonic)
-    begun: float | None = None
+    reported_usage: Mapping[str, Any] = attrs.field(factory=dict)
+    started_at: float = attrs.field(factory=time.monotonic)
+    first_output_at: float | None = None
     """When the first piece of a stream came."""
     characters: int = 0
-    reported: float = -math.inf
+    progress_reported_at: float = -math.inf
 
     def add(self, chunk: _Chunk) -> None:
         """Take in one event."""
         self.model = chunk.model or self.model
-        self.counted = chunk.usage or self.counted
+        self.reported_usage = chunk.usage or self.reported_usage
         for choice in chunk.choices or ():
             self._add_delta(choice.delta or choice.message or _Delta())
             self.logprobs += (choice.logprobs and choice.logprobs.content) or []
             self.finish_reason = choice.finish_reason or self.finish_reason
-            if self.begun is None and choice.delta and (self.characters or self.tool_calls):
-                self.begun = time.monotonic()
+            if self.first_output_at is None and choice.delta and (self.characters or self.tool_calls):
+                self.first_output_at = time.monotonic()
 
     def _add_delta(self, delta: _Delta) -> None:
         for parts, piece in (
@@ -348,55 +358,55 @@ class Answer:
 
     def report(self, job: Job) -> None:
         """Show how far the answer is, at most once a second."""
-        if time.monotonic() - self.reported >= 1:
-            self.reported = time.monotonic()
+        if time.monotonic() - self.progress_reported_at >= 1:
+            self.progress_reported_at = time.monotonic()
             job.report_progress({"received_characters": self.characters})
 
     def usage(self) -> dict[str, Any] | None:
         """Usage as far as it is known; None when nothing had arrived."""
-        if self.model is None and self.begun is None:
+        if self.model is None and self.first_output_at is None:
             return None
         usage: dict[str, Any] = {"model": self.model[:200]} if self.model else {}
-        usage |= counts_in(self.counted)
-        usage["running_seconds"] = round(time.monotonic() - self.started, 3)
-        if self.begun is not None:
-            usage["time_to_first_token_seconds"] = round(self.begun - self.started, 3)
-        return usage | raw_usage(self.counted)
+        usage |= token_counts(self.reported_usage)
+        usage["running_seconds"] = round(time.monotonic() - self.started_at, 3)
+        if self.first_output_at is not None:
+            usage["time_to_first_token_seconds"] = round(self.first_output_at - self.started_at, 3)
+        return usage | raw_usage(self.reported_usage)
 
 
 # ---------------------------------------------------------------- result
 
 
-def value_of(answer: Answer, body: Mapping[str, Any], *, same_again: bool) -> dict[str, Any]:
+def result_value(completion: Completion, body: Mapping[str, Any], *, is_deterministic: bool) -> dict[str, Any]:
     """The result. Raises `NotNow` when the answer is not what was asked for; `Never` if the same request gets the same answer again."""
-    if answer.finish_reason in ("abort", "error"):
-        raise NotNow(UNAVAILABLE, f"the server gave the request up: finish_reason {answer.finish_reason}")
+    if completion.finish_reason in ("abort", "error"):
+        raise NotNow(UNAVAILABLE, f"the server gave the request up: finish_reason {completion.finish_reason}")
     value: dict[str, Any] = {
-        "content": "".join(answer.content) if answer.content or not answer.tool_calls else None,
-        "finish_reason": answer.finish_reason,
-        "model": answer.model or body["model"],
+        "content": "".join(completion.content) if completion.content or not completion.tool_calls else None,
+        "finish_reason": completion.finish_reason,
+        "model": completion.model or body["model"],
     }
-    if asks_for_json(body) and not (answer.tool_calls and not answer.content):
-        value["json"] = _asked_json(value["content"], answer, Never if same_again else NotNow)
+    if asks_for_json(body) and not (completion.tool_calls and not completion.content):
+        value["json"] = _requested_json(value["content"], completion, Never if is_deterministic else NotNow)
     extras = {
-        "tool_calls": [call for _, call in sorted(answer.tool_calls.items())],
-        "reasoning": "".join(answer.reasoning),
-        "refusal": "".join(answer.refusal),
-        "logprobs": answer.logprobs,
+        "tool_calls": [call for _, call in sorted(completion.tool_calls.items())],
+        "reasoning": "".join(completion.reasoning),
+        "refusal": "".join(completion.refusal),
+        "logprobs": completion.logprobs,
     }
     return value | {name: extra for name, extra in extras.items() if extra}
 
 
-def _asked_json(content: str, answer: Answer, failure: type[NotNow | Never]) -> Any:
-    if answer.finish_reason == "length":
-        raise failure(TRUNCATED, f"the JSON asked for was cut off after {answer.counted.get('completion_tokens', '?')} tokens")
+def _requested_json(content: str, completion: Completion, failure: type[NotNow | Never]) -> Any:
+    if completion.finish_reason == "length":
+        raise failure(TRUNCATED, f"the JSON asked for was cut off after {completion.reported_usage.get('completion_tokens', '?')} tokens")
     try:
-        return _parsed(content)
+        return _parse_strict(content)
     except (ValueError, RecursionError) as error:
-        raise failure(INVALID_OUTPUT, f"the model's answer is not the JSON asked for: {_without_text(error)}") from None
+        raise failure(INVALID_OUTPUT, f"the model's answer is not the JSON asked for: {_describe_parse_error(error)}") from None
 
 
-def _parsed(content: str) -> Any:
+def _parse_strict(content: str) -> Any:
     """Strict JSON that survives being sent on: `json.loads` alone lets NaN, 1e999 and half surrogates through, encoding does not."""
     value = json.loads(content)
     json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
@@ -413,7 +423,7 @@ def _children(node: Any) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
 
 
-def _without_text(error: Exception) -> str:
+def _describe_parse_error(error: Exception) -> str:
     """What is wrong with the text, without quoting it: an encoding error's own message would."""
     if isinstance(error, UnicodeEncodeError):
         return "half of a surrogate pair"

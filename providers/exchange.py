@@ -5,7 +5,7 @@ connection of its own and a watcher, which shuts the socket down at the limit or
 server sees its client go. A connection of its own also means that no idle one goes stale (vLLM closes them after 5 s). Redirects are not
 followed and proxy variables are not read.
 
-Sections: the exchange, requests, refusals, usage.
+Sections: the exchange, requests, error responses, usage.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ class Exchange:
     ) -> None:
         self._url = url
         self._addresses = addresses
-        self._until = time.monotonic() + limit_seconds
+        self._deadline = time.monotonic() + limit_seconds
         self._limit_seconds = limit_seconds
         self._idle_seconds = min(idle_seconds, limit_seconds)
         self._cancelled = cancelled or threading.Event()
@@ -86,7 +86,7 @@ class Exchange:
         self._socket: socket.socket | None = None
         self._response: urllib3.HTTPResponse | None = None
         self._ended = threading.Event()
-        self._cut: NotNow | None = None
+        self._abort_reason: NotNow | None = None
 
     def __enter__(self) -> Self:
         self._connect()
@@ -99,15 +99,15 @@ class Exchange:
         if self._response is not None:
             self._response.close()
         self._connection.close()
-        network = isinstance(error, urllib3.exceptions.HTTPError | http.client.HTTPException | OSError)
-        if self._cut and (network or isinstance(error, NotNow)):
-            raise self._cut from None
-        if network and error is not None:
-            raise self._failure_of(error) from None
+        is_network_error = isinstance(error, urllib3.exceptions.HTTPError | http.client.HTTPException | OSError)
+        if self._abort_reason and (is_network_error or isinstance(error, NotNow)):
+            raise self._abort_reason from None
+        if is_network_error and error is not None:
+            raise self._network_error(error) from None
 
     def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Iterable[bytes] | None = None) -> urllib3.HTTPResponse:
         """Send the request and wait for the head of its answer, whatever its status. A body in pieces needs a Content-Length."""
-        self._allow(self._until - time.monotonic())
+        self._set_timeout(self._deadline - time.monotonic())
         if self._addresses:
             headers = {"Host": self._url._replace(auth=None).netloc or "", **headers}
         # A server may refuse a body before it has read it all: its answer says why.
@@ -120,66 +120,66 @@ class Exchange:
         """The body, piece by piece as it arrives."""
         size = 0
         while block := response.read1(65_536):
-            self._refuse_cut()
+            self._raise_if_aborted()
             yield block
-            self._allow(self._idle_seconds)
+            self._set_timeout(self._idle_seconds)
             size += len(block)
             if size > max_bytes:
                 raise NotNow(INVALID_OUTPUT, f"gave up an answer of more than {max_bytes} bytes")
-        self._refuse_cut()
+        self._raise_if_aborted()
 
-    def _refuse_cut(self) -> None:
+    def _raise_if_aborted(self) -> None:
         # Our own cut looks like the end of a body whose length nobody told.
-        if self._cut:
-            raise self._cut
+        if self._abort_reason:
+            raise self._abort_reason
 
     def _connect(self) -> None:
         """Connect to the first of a few addresses that lets us. Raises `NotNow` when none does."""
-        until = min(self._until, time.monotonic() + CONNECT_SECONDS)
+        connect_deadline = min(self._deadline, time.monotonic() + CONNECT_SECONDS)
         for address in self._addresses[:MAX_ADDRESSES] or (None,):
             if self._cancelled.is_set():
-                raise was_cancelled("before it ran")
-            self._connection = _connection(self._url, seconds_to(until), address)
+                raise cancellation("before it ran")
+            self._connection = _connection(self._url, seconds_until(connect_deadline), address)
             try:
                 return self._connection.connect()
             except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
                 self._connection.close()
-                reason = _reason(error)
-        category = TIMEOUT if time.monotonic() >= self._until else UNAVAILABLE
+                reason = _describe_error(error)
+        category = TIMEOUT if time.monotonic() >= self._deadline else UNAVAILABLE
         origin = self._url._replace(auth=None, path=None, query=None).url
         raise NotNow(category, f"cannot reach {origin}: {reason}", burns_attempt=False)
 
-    def limit_idle(self, idle_seconds: float) -> None:
+    def set_idle_limit(self, idle_seconds: float) -> None:
         """From the next piece on, how long the answer may pause."""
         self._idle_seconds = min(idle_seconds, self._limit_seconds)
 
-    def _allow(self, seconds: float) -> None:
+    def _set_timeout(self, seconds: float) -> None:
         """How long one read or write may take. `getresponse` takes it from the connection, everything else from the socket."""
         self._connection.timeout = max(0.0, seconds) + 0.1  # the watcher knows better why a limit was reached, so it comes first
         if self._socket is not None:
             self._socket.settimeout(self._connection.timeout)
 
     def _watch(self) -> None:
-        while not self._cancelled.wait(min(0.05, max(0.0, self._until - time.monotonic()))):
+        while not self._cancelled.wait(min(0.05, max(0.0, self._deadline - time.monotonic()))):
             if self._ended.is_set():
                 return
-            if time.monotonic() >= self._until:
-                self._cut_off(NotNow(TIMEOUT, f"no complete answer within {self._limit_seconds:.3g} s"))
+            if time.monotonic() >= self._deadline:
+                self._abort(NotNow(TIMEOUT, f"no complete answer within {self._limit_seconds:.3g} s"))
                 return
-        self._cut_off(was_cancelled())
+        self._abort(cancellation())
 
-    def _cut_off(self, why: NotNow) -> None:
-        self._cut = why
+    def _abort(self, why: NotNow) -> None:
+        self._abort_reason = why
         if self._socket is not None and not self._ended.is_set():
             # Not SSLSocket.shutdown: it takes the TLS state away from under the thread that reads. An error means: closed already.
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
-    def _failure_of(self, error: BaseException) -> NotNow:
+    def _network_error(self, error: BaseException) -> NotNow:
         # The request was on its way, so the server may have worked on it, or died of it: these burn an attempt.
         if isinstance(error, TimeoutError | urllib3.exceptions.ReadTimeoutError):
             return NotNow(TIMEOUT, f"the server fell silent for {self._connection.timeout or 0:.3g} s")
-        return NotNow(UNAVAILABLE, f"the connection broke before the answer was complete: {_reason(error)}")
+        return NotNow(UNAVAILABLE, f"the connection broke before the answer was complete: {_describe_error(error)}")
 
 
 # From the kernel: after 30 s of silence a probe every 10 s, three of them, so that a host that vanished does not look like a long queue.
@@ -202,7 +202,7 @@ def _connection(url: Url, connect_seconds: float, address: str | None = None) ->
     return urllib3.connection.HTTPConnection(address or host, url.port, **options)
 
 
-def _reason(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """What went wrong, in a few words: the innermost error says it best."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
@@ -229,26 +229,26 @@ def request_id(job: Job) -> str:
     return f"{job.id}-{job.attempt}-{secrets.token_hex(4)}"
 
 
-def time_limit(job: Job, seconds: float) -> float:
+def deadline_after(job: Job, seconds: float) -> float:
     """When these seconds are over or the job's deadline comes, on `time.monotonic()`'s clock."""
     return min(time.monotonic() + seconds, math.inf if job.deadline is None else job.deadline)
 
 
-def seconds_to(moment: float) -> float:
+def seconds_until(moment: float) -> float:
     """The seconds until then, never 0: a timeout of 0 would mean not to block."""
     return max(0.001, moment - time.monotonic())
 
 
-def was_cancelled(when: str = "while it ran") -> NotNow:
+def cancellation(when: str = "while it ran") -> NotNow:
     """The outcome of a cancelled job. Its attempt is not counted."""
     return NotNow(CANCELLED, f"the job was cancelled {when}", burns_attempt=False)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- error responses
 
 
 @attrs.frozen(kw_only=True)
-class Refusal:
+class ErrorResponse:
     """What a server says instead of an answer, or in the middle of one."""
 
     status: int | None
@@ -262,7 +262,7 @@ class Refusal:
     retry_in_seconds: float | None = None
     in_stream: bool = False
     """Whether it came in a stream of status 200."""
-    begun: bool = False
+    has_output: bool = False
     """Whether some of the answer had come before it."""
 
     @property
@@ -273,14 +273,14 @@ class Refusal:
         return f"the server answered {self.status}: {self.text or http.client.responses.get(self.status, 'no reason given')}"
 
 
-def refusal_of(response: urllib3.HTTPResponse, secrets: tuple[str, ...]) -> Refusal:
+def read_error(response: urllib3.HTTPResponse, secrets: tuple[str, ...]) -> ErrorResponse:
     """Read the refusal in a response whose status is one."""
     body = response.read(MAX_ERROR_BYTES)
-    text = said(body, response.headers.get("content-type", ""), secrets)
-    return Refusal(status=response.status, text=text, body=body, retry_in_seconds=retry_after(response))
+    text = error_text(body, response.headers.get("content-type", ""), secrets)
+    return ErrorResponse(status=response.status, text=text, body=body, retry_in_seconds=retry_after(response))
 
 
-_BY_STATUS = {
+_OUTCOMES_BY_STATUS = {
     401: (UNAUTHORIZED, False),
     402: (UNAVAILABLE, False),
     403: (UNAUTHORIZED, False),
@@ -297,20 +297,20 @@ _BY_STATUS = {
 """Status: category, and whether it burns an attempt. Missing are 3xx (settings), other 4xx (the input's fault) and 5xx (internal)."""
 
 
-def by_status(refusal: Refusal, look_at: Mapping[int, str]) -> NotNow | Never:
+def outcome_by_status(error: ErrorResponse, settings_by_status: Mapping[int, str]) -> NotNow | Never:
     """What a refusal means by its status alone, which says nothing in a stream without one: internal.
 
-    `look_at` names the settings to look at for a status, or for all that begin with a digit. In a stream, work has been done: an attempt
-    is burnt.
+    `settings_by_status` names the settings to look at for a status, or for all that begin with a
+    digit. In a stream, work has been done: an attempt is burnt.
     """
-    status = refusal.status or 500
-    setting = look_at.get(status) or look_at.get(status // 100)
-    message = f"{refusal.message} (look at {setting})" if setting else refusal.message
-    if 400 <= status < 500 and status not in _BY_STATUS:
-        too_long = re.search(r"maximum context length|max_model_len|context_length_exceeded", refusal.text)
+    status = error.status or 500
+    setting = settings_by_status.get(status) or settings_by_status.get(status // 100)
+    message = f"{error.message} (look at {setting})" if setting else error.message
+    if 400 <= status < 500 and status not in _OUTCOMES_BY_STATUS:
+        too_long = re.search(r"maximum context length|max_model_len|context_length_exceeded", error.text)
         return Never(CONTEXT_LENGTH_EXCEEDED if too_long else INVALID_INPUT, message)
-    category, burns = _BY_STATUS.get(status, (INTERNAL, True) if status >= 500 else (UNAVAILABLE, False))
-    return NotNow(category, message, retry_in_seconds=refusal.retry_in_seconds, burns_attempt=burns or refusal.in_stream)
+    category, burns = _OUTCOMES_BY_STATUS.get(status, (INTERNAL, True) if status >= 500 else (UNAVAILABLE, False))
+    return NotNow(category, message, retry_in_seconds=error.retry_in_seconds, burns_attempt=burns or error.in_stream)
 
 
 MAX_RETRY_AFTER_SECONDS = 3_600.0
@@ -329,50 +329,50 @@ def retry_after(response: urllib3.HTTPResponse) -> float | None:
     return min(MAX_RETRY_AFTER_SECONDS, max(0.0, seconds)) if math.isfinite(seconds) else None
 
 
-def said(body: bytes, content_type: str, secrets: tuple[str, ...] = ()) -> str:
+def error_text(body: bytes, content_type: str, secrets: tuple[str, ...] = ()) -> str:
     """What a server says is wrong, on one line, limited, without secrets or paths of its own; empty if it says nothing."""
     text = body.decode(errors="replace")
     if "html" in content_type:
         text = re.sub(r"<[^>]*>", " ", text)
     # What is no JSON is plain text, and the message itself.
     with contextlib.suppress(ValueError, RecursionError):
-        text = message_in(json.loads(text)) or text
+        text = error_message(json.loads(text)) or text
     text = re.sub(r"(?<![\w.:/])(?:/[\w.@+~-]+){3,}", "(path)", redact(text, secrets))
     text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return text if len(text) <= MESSAGE_CHARACTERS else text[: MESSAGE_CHARACTERS - 1] + "…"
 
 
-def message_in(answer: Any) -> str:
+def error_message(answer: Any) -> str:
     """The message in any of the shapes met: a string; `error` or `detail` as string, object or list; a `message`."""
     if isinstance(answer, str):
         return answer
     if isinstance(answer, list):
-        return "; ".join(filter(None, map(message_in, answer)))
+        return "; ".join(filter(None, map(error_message, answer)))
     if not isinstance(answer, dict):
         return ""
-    return next(filter(None, (message_in(answer.get(name)) for name in ("error", "detail", "message", "msg"))), "")
+    return next(filter(None, (error_message(answer.get(name)) for name in ("error", "detail", "message", "msg"))), "")
 
 
 # ---------------------------------------------------------------- usage
 
-COUNTS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
+TOKEN_COUNTS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
 """The token counts of usage: our name, and the other one servers use."""
-MAX_COUNT = 10**15
+MAX_TOKEN_COUNT = 10**15
 """The service takes no larger one, and refuses a result with it."""
 MAX_RAW_BYTES = 3_000
 """Usage may have MAX_NOTE_BYTES, with our own members and the worker's."""
 
 
-def counts_in(counted: Mapping[str, Any]) -> dict[str, int]:
+def token_counts(reported: Mapping[str, Any]) -> dict[str, int]:
     """The usable token counts in what a server counted, under our names; ours win over theirs."""
-    given = [(ours, counted.get(name)) for ours, theirs in COUNTS.items() for name in (theirs, ours)]
-    return {name: count for name, count in given if type(count) is int and 0 <= count <= MAX_COUNT}
+    given = [(ours, reported.get(name)) for ours, theirs in TOKEN_COUNTS.items() for name in (theirs, ours)]
+    return {name: count for name, count in given if type(count) is int and 0 <= count <= MAX_TOKEN_COUNT}
 
 
-def raw_usage(counted: Mapping[str, Any]) -> dict[str, Any]:
+def raw_usage(reported: Mapping[str, Any]) -> dict[str, Any]:
     """What a server counted as the member `raw`; nothing where it is empty, too big to be stored, or no JSON."""
     try:
-        fits = len(counted) > 0 and len(json.dumps(counted, allow_nan=False, ensure_ascii=False).encode()) <= MAX_RAW_BYTES
+        fits = len(reported) > 0 and len(json.dumps(reported, allow_nan=False, ensure_ascii=False).encode()) <= MAX_RAW_BYTES
     except ValueError:
         return {}
-    return {"raw": counted} if fits else {}
+    return {"raw": reported} if fits else {}

@@ -59,8 +59,19 @@ from providers import (
     Result,
     Unsupported,
 )
-from providers.chat import STREAMED, Answer, Server, health_of, look, other_model, receive, requested, served_models, value_of
-from providers.exchange import CHECK_SECONDS, COUNTS, Refusal, by_status
+from providers.chat import (
+    STREAMED,
+    Completion,
+    Server,
+    check_models,
+    get_json,
+    model_problems,
+    parse_input,
+    result_value,
+    served_models,
+    stream_completion,
+)
+from providers.exchange import CHECK_SECONDS, TOKEN_COUNTS, ErrorResponse, outcome_by_status
 from providers.settings import (
     authorization,
     duration,
@@ -79,13 +90,13 @@ HOLD_OFF_SECONDS = 60.0
 # ---------------------------------------------------------------- settings
 
 
-def _gateway(text: str) -> Url:
+def _gateway_url(text: str) -> Url:
     """The URL up to and with its version, as for other chat servers; the gateway's other routes stand beside that."""
     url = web_address(text)
     return url._replace(path=f"{(url.path or '').removesuffix('/v1')}/v1")
 
 
-def _agent(text: str) -> str:
+def _agent_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         raise ValueError("must be an agent's name alone, without openclaw/")
     return text
@@ -94,7 +105,7 @@ def _agent(text: str) -> str:
 def _profiles(text: str) -> dict[str, str]:
     """Profile → agent, the empty text for one without."""
     items = [item.strip() for item in text.split(",") if item.strip()]
-    agents = {profile: _agent(agent) for profile, agent in pairs(",".join(item for item in items if "=" in item)).items()}
+    agents = {profile: _agent_name(agent) for profile, agent in pairs(",".join(item for item in items if "=" in item)).items()}
     plain = {profile_name(item): "" for item in items if "=" not in item}
     if not items or agents.keys() & plain.keys():
         raise ValueError("must name one profile at least, and each of them once")
@@ -105,9 +116,9 @@ def _profiles(text: str) -> dict[str, str]:
 class OpenClawSettings:
     """What OpenClaw needs to know."""
 
-    url: Url = setting("OPENCLAW_URL", "the gateway of OpenClaw", read=_gateway, required=True)
+    url: Url = setting("OPENCLAW_URL", "the gateway of OpenClaw", read=_gateway_url, required=True)
     token: str = setting("OPENCLAW_TOKEN", "its token", read=header_word, secret=True, required=True)
-    agent: str = setting("OPENCLAW_AGENT", "the agent that does the work", default="default", read=_agent)
+    agent: str = setting("OPENCLAW_AGENT", "the agent that does the work", default="default", read=_agent_name)
     profiles: dict[str, str] = setting(
         "OPENCLAW_PROFILES", "the profiles served, some by agents of their own: `openclaw, vision=seer`", default="openclaw", read=_profiles
     )
@@ -138,14 +149,14 @@ class OpenClaw:
         given = provider_settings(OpenClawSettings, environ)
         self._models = given.models()
         self.model_profiles = tuple(self._models)
-        self._token_refused_at = float("-inf")
+        self._token_rejected_at = float("-inf")
         self._server = Server(
             url=given.url,
             authorization=authorization(given.token, given.url),
             secrets=secrets_in({"OPENCLAW_TOKEN": given.token}),
             timeout_seconds=given.timeout_seconds,
             idle_seconds=given.idle_seconds,
-            outcome=self._outcome,
+            outcome_of=self._outcome,
         )
 
     def check(self) -> Health:
@@ -153,39 +164,39 @@ class OpenClaw:
 
         The model server behind the gateway is not looked at: nothing there tells how it is.
         """
-        return health_of(self._server, self._models.values(), self._agents)
+        return check_models(self._server, self._models.values(), self._agents)
 
     def run(self, job: Job) -> Result:
         """Run one chat completion, abandoned at the job's deadline, at OPENCLAW_TIMEOUT or when the job is cancelled."""
         body = _request_body(job, self._models[job.model_profile])
-        answer = Answer()
+        completion = Completion()
         try:
-            self._hold_off()
-            receive(self._server, job, body, answer)
-            _refuse_what_the_gateway_says("".join(answer.content))
-            return Result(value_of(answer, body, same_again=False), _usage(answer, body["model"]))
+            self._raise_during_hold_off()
+            stream_completion(self._server, job, body, completion)
+            _reject_gateway_text("".join(completion.content))
+            return Result(result_value(completion, body, is_deterministic=False), _usage(completion, body["model"]))
         except NotCompleted as outcome:
-            outcome.usage = _usage(answer, body["model"])
+            outcome.usage = _usage(completion, body["model"])
             raise
 
     def _agents(self) -> tuple[str, ...]:
         """The agents of a gateway that is ready. Raises `NotNow`."""
         started = time.monotonic()
-        self._hold_off()
-        _expect_readiness(self._server)
+        self._raise_during_hold_off()
+        _raise_unless_ready(self._server)
         return served_models(self._server, limit_seconds=CHECK_SECONDS - (time.monotonic() - started))
 
-    def _hold_off(self) -> None:
+    def _raise_during_hold_off(self) -> None:
         """Raises `NotNow` while a refused token is not to be tried again."""
-        left = self._token_refused_at + HOLD_OFF_SECONDS - time.monotonic()
+        left = self._token_rejected_at + HOLD_OFF_SECONDS - time.monotonic()
         if left > 0:
             message = f"the gateway refused its token (look at OPENCLAW_TOKEN), which is not tried again for {left:.0f} s"
             raise NotNow(UNAUTHORIZED, message, retry_in_seconds=left, burns_attempt=False)
 
-    def _outcome(self, refusal: Refusal) -> NotCompleted:
-        if refusal.status == HTTPStatus.UNAUTHORIZED and refusal.kind == "unauthorized":
-            self._token_refused_at = time.monotonic()
-        return _outcome(refusal)
+    def _outcome(self, error: ErrorResponse) -> NotCompleted:
+        if error.status == HTTPStatus.UNAUTHORIZED and error.kind == "unauthorized":
+            self._token_rejected_at = time.monotonic()
+        return _outcome(error)
 
 
 # ---------------------------------------------------------------- check
@@ -196,10 +207,10 @@ class _Readiness(msgspec.Struct):
     failing: list[str] = []
 
 
-def _expect_readiness(server: Server) -> None:
+def _raise_unless_ready(server: Server) -> None:
     """Raises `NotNow` when the gateway takes no work: it is draining, or something else than a gateway."""
-    beside = attrs.evolve(server, url=server.url._replace(path=(server.url.path or "").removesuffix("/v1")), authorization=None)
-    readiness = look(beside, "/readyz", _Readiness, limit_seconds=CHECK_SECONDS / 2, fine=(200, 503))
+    gateway = attrs.evolve(server, url=server.url._replace(path=(server.url.path or "").removesuffix("/v1")), authorization=None)
+    readiness = get_json(gateway, "/readyz", _Readiness, limit_seconds=CHECK_SECONDS / 2, accepted_statuses=(200, 503))
     if not readiness.ready:
         raise NotNow(UNAVAILABLE, f"the gateway is not ready: {', '.join(readiness.failing)[:200]}", burns_attempt=False)
 
@@ -207,31 +218,31 @@ def _expect_readiness(server: Server) -> None:
 # ---------------------------------------------------------------- request
 
 _SAMPLING = {"temperature", "top_p", "seed", "frequency_penalty", "presence_penalty"}
-_PASSED = frozenset({"messages", "response_format", "stop", "max_tokens", "max_completion_tokens"} | _SAMPLING)
+_FORWARDED = frozenset({"messages", "response_format", "stop", "max_tokens", "max_completion_tokens"} | _SAMPLING)
 """What was seen to reach the model. The gateway takes whatever else without a word, and drops it."""
-_OURS = frozenset({"model", "stream", "stream_options", "n", "user"})
+_REPLACED = frozenset({"model", "stream", "stream_options", "n", "user"})
 
 
 def _request_body(job: Job, model: str) -> dict[str, Any]:
     """The body to send. Raises `Never` for no form of input, `Unsupported` for what would be answered as if it had not been asked."""
-    request = requested(job.input)
-    if problems := "; ".join([*other_model(request, model, job.model_profile), *_dropped(request)]):
+    request = parse_input(job.input)
+    if problems := "; ".join([*model_problems(request, model, job.model_profile), *_unsupported_parts(request)]):
         raise Unsupported(problems)
-    passed = {name: value for name, value in request.items() if name in _PASSED}
-    return {**passed, "model": model, **STREAMED}
+    forwarded = {name: value for name, value in request.items() if name in _FORWARDED}
+    return {**forwarded, "model": model, **STREAMED}
 
 
-def _dropped(request: Mapping[str, Any]) -> Iterator[str]:
-    others = [name for name, value in request.items() if value is not None and name not in _PASSED | _OURS]
+def _unsupported_parts(request: Mapping[str, Any]) -> Iterator[str]:
+    others = [name for name, value in request.items() if value is not None and name not in _FORWARDED | _REPLACED]
     if others:
         # The names are the caller's text: what does not look like a parameter is not repeated.
         names = [name for name in others if re.fullmatch(r"[a-z_]{1,40}", name)]
         yield f"OpenClaw does not pass on {', '.join(names[:10]) or 'what else is asked for'}"
-    if not all(map(_is_plain, request["messages"])):
+    if not all(map(_is_plain_text, request["messages"])):
         yield "OpenClaw passes on messages of system, user and assistant only, and of these only text"
 
 
-def _is_plain(message: Mapping[str, Any]) -> bool:
+def _is_plain_text(message: Mapping[str, Any]) -> bool:
     content, others = message.get("content"), {name for name, value in message.items() if value is not None} - {"role", "content"}
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts)
@@ -240,40 +251,40 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
 
 # ---------------------------------------------------------------- answer
 
-_OWN_SENTENCE = re.compile(r"^(No response from OpenClaw\.$|⚠\ufe0f? (Agent couldn't generate a|Turn yielded without))", re.MULTILINE)
-_OWN_NOTICE = re.compile(r"^⚠\ufe0f? Reply truncated at the model's output token limit", re.MULTILINE)
+_GATEWAY_SENTENCE = re.compile(r"^(No response from OpenClaw\.$|⚠\ufe0f? (Agent couldn't generate a|Turn yielded without))", re.MULTILINE)
+_GATEWAY_NOTICE = re.compile(r"^⚠\ufe0f? Reply truncated at the model's output token limit", re.MULTILINE)
 
 
-def _refuse_what_the_gateway_says(content: str) -> None:
+def _reject_gateway_text(content: str) -> None:
     """Raises `NotNow` for an answer that is not the model's own."""
-    if _OWN_NOTICE.search(content):
+    if _GATEWAY_NOTICE.search(content):
         raise NotNow(TRUNCATED, "the answer was cut off, and the gateway put a sentence of its own under it")
-    if _OWN_SENTENCE.search(content):
+    if _GATEWAY_SENTENCE.search(content):
         raise NotNow(INVALID_OUTPUT, "the gateway answered with a sentence of its own in the model's place")
 
 
-def _usage(answer: Answer, agent: str) -> dict[str, Any] | None:
-    usage = answer.usage()
+def _usage(completion: Completion, agent: str) -> dict[str, Any] | None:
+    usage = completion.usage()
     if usage is None:
         return None
-    unknown = not any(usage.get(name) for name in COUNTS)
-    return {"agent": agent} | {name: value for name, value in usage.items() if name != "model" and not (unknown and name in COUNTS)}
+    unknown = not any(usage.get(name) for name in TOKEN_COUNTS)
+    return {"agent": agent} | {name: value for name, value in usage.items() if name != "model" and not (unknown and name in TOKEN_COUNTS)}
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- error responses
 
-_LOOK_AT = {
+_SETTINGS_BY_STATUS = {
     3: "OPENCLAW_URL: redirects are not followed",
     401: "OPENCLAW_TOKEN",
     403: "OPENCLAW_URL, and the gateway's trustedProxies",
     404: "OPENCLAW_URL, and the gateway's http.endpoints.chatCompletions",
     405: "OPENCLAW_URL",
 }
-_KEY_REFUSED = "look at the keys in the gateway's own configuration: the model server behind it refuses them"
+_UPSTREAM_KEY_HINT = "look at the keys in the gateway's own configuration: the model server behind it refuses them"
 
-_BY_TYPE: dict[str | None, tuple[str, str | None]] = {
-    "authentication_error": (UNAUTHORIZED, _KEY_REFUSED),
-    "permission_error": (UNAUTHORIZED, _KEY_REFUSED),
+_OUTCOMES_BY_TYPE: dict[str | None, tuple[str, str | None]] = {
+    "authentication_error": (UNAUTHORIZED, _UPSTREAM_KEY_HINT),
+    "permission_error": (UNAUTHORIZED, _UPSTREAM_KEY_HINT),
     "insufficient_quota": (UNAVAILABLE, "look at the account that the gateway uses at its model server"),
     "rate_limit_error": (RATE_LIMITED, None),
     "rate_limited": (RATE_LIMITED, "look at OPENCLAW_TOKEN: the gateway says this after wrong ones"),
@@ -281,7 +292,7 @@ _BY_TYPE: dict[str | None, tuple[str, str | None]] = {
 }
 """Type of error: category, and where to look. No work was done for these."""
 
-_BY_TEXT = {
+_OUTCOMES_BY_TEXT = {
     "upstream provider overloaded": (UNAVAILABLE, False),
     "upstream provider timeout": (UNAVAILABLE, False),
     "upstream provider error": (UNAVAILABLE, True),
@@ -296,31 +307,31 @@ An upstream's own 500 and most of its 503 are an `error`: it may have died of th
 """
 
 
-def _outcome(refusal: Refusal) -> NotCompleted:
+def _outcome(error: ErrorResponse) -> NotCompleted:
     """What a refusal means, by status, type and, within an `api_error` or `invalid_request_error`, by message."""
-    if refusal.kind in _BY_TYPE:
-        category, hint = _BY_TYPE[refusal.kind]
-        return _not_now(refusal, category, burns=False, hint=hint)
-    if refusal.kind == "invalid_request_error":
-        return _invalid_request(refusal)
-    known = next((outcome for words, outcome in _BY_TEXT.items() if words in refusal.text), None)
-    if refusal.kind == "api_error" and known and refusal.status != HTTPStatus.GATEWAY_TIMEOUT:
-        return _not_now(refusal, known[0], burns=known[1])
-    return by_status(refusal, _LOOK_AT)
+    if error.kind in _OUTCOMES_BY_TYPE:
+        category, hint = _OUTCOMES_BY_TYPE[error.kind]
+        return _not_now(error, category, burns=False, hint=hint)
+    if error.kind == "invalid_request_error":
+        return _invalid_request(error)
+    known = next((outcome for words, outcome in _OUTCOMES_BY_TEXT.items() if words in error.text), None)
+    if error.kind == "api_error" and known and error.status != HTTPStatus.GATEWAY_TIMEOUT:
+        return _not_now(error, known[0], burns=known[1])
+    return outcome_by_status(error, _SETTINGS_BY_STATUS)
 
 
-def _invalid_request(refusal: Refusal) -> NotCompleted:
+def _invalid_request(error: ErrorResponse) -> NotCompleted:
     """The gateway's own refusals, and those of the model server: only these begin with a status."""
-    upstream = re.match(r"([45]\d\d) ", refusal.text)
-    if refusal.text.startswith(("Unknown agent", "Invalid `model`")):
-        return _not_now(refusal, UNAVAILABLE, burns=False, hint="look at OPENCLAW_AGENT and OPENCLAW_PROFILES")
-    if refusal.text.startswith("Unknown model") or (upstream and upstream[1] == "404"):
-        return _not_now(refusal, UNAVAILABLE, burns=False, hint="look at the models in the gateway's own configuration")
+    upstream = re.match(r"([45]\d\d) ", error.text)
+    if error.text.startswith(("Unknown agent", "Invalid `model`")):
+        return _not_now(error, UNAVAILABLE, burns=False, hint="look at OPENCLAW_AGENT and OPENCLAW_PROFILES")
+    if error.text.startswith("Unknown model") or (upstream and upstream[1] == "404"):
+        return _not_now(error, UNAVAILABLE, burns=False, hint="look at the models in the gateway's own configuration")
     if upstream:
-        return by_status(attrs.evolve(refusal, status=int(upstream[1])), _LOOK_AT)
-    return Unsupported(refusal.message)
+        return outcome_by_status(attrs.evolve(error, status=int(upstream[1])), _SETTINGS_BY_STATUS)
+    return Unsupported(error.message)
 
 
-def _not_now(refusal: Refusal, category: str, *, burns: bool, hint: str | None = None) -> NotNow:
-    message = f"{refusal.message} ({hint})" if hint else refusal.message
-    return NotNow(category, message, retry_in_seconds=refusal.retry_in_seconds, burns_attempt=burns or refusal.begun)
+def _not_now(error: ErrorResponse, category: str, *, burns: bool, hint: str | None = None) -> NotNow:
+    message = f"{error.message} ({hint})" if hint else error.message
+    return NotNow(category, message, retry_in_seconds=error.retry_in_seconds, burns_attempt=burns or error.has_output)

@@ -84,8 +84,8 @@ def setting(
     hold a password as well."""
     missing = f"{name} is not set{f'; {required}' if isinstance(required, str) else ''}" if required else None
     one = Setting(name=name, about=about, default=default, read=read, secret=secret, required=missing)
-    usual = attrs.NOTHING if required else None if default is None else attrs.Factory(lambda: read(default))
-    return attrs.field(default=usual, repr=False, metadata={"setting": one})
+    default_value = attrs.NOTHING if required else None if default is None else attrs.Factory(lambda: read(default))
+    return attrs.field(default=default_value, repr=False, metadata={"setting": one})
 
 
 def declared(kind: type) -> tuple[Setting, ...]:
@@ -288,24 +288,26 @@ def secrets_in(environ: Mapping[str, str], settings: Iterable[Setting] = ()) -> 
     in MAX_TOKENS), and the passwords in URLs. The forms are the text itself, percent-encoded, as in JSON, and in base64 as basic
     authentication sends it.
     """
-    told = {one.name for one in settings if one.secret}
+    secret_names = {one.name for one in settings if one.secret}
     values = {
-        value.strip() for name, value in environ.items() if name in told or (_SECRET_NAME.search(name) and not value.strip().isdigit())
+        value.strip()
+        for name, value in environ.items()
+        if name in secret_names or (_SECRET_NAME.search(name) and not value.strip().isdigit())
     }
-    forms = {form for value in values for form in _forms(value)}
-    forms |= {form for value in environ.values() for info in _USER_INFO.findall(value) for form in _user_info_forms(info[:-1])}
+    forms = {form for value in values for form in _encodings(value)}
+    forms |= {form for value in environ.values() for info in _USER_INFO.findall(value) for form in _user_info_encodings(info[:-1])}
     return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=lambda form: (-len(form), form)))
 
 
-def _forms(secret: str) -> Iterator[str]:
+def _encodings(secret: str) -> Iterator[str]:
     encoded = secret.encode(errors="replace")
     yield from (secret, quote(encoded, safe=""), json.dumps(secret)[1:-1], base64.b64encode(encoded).decode())
 
 
-def _user_info_forms(info: str) -> Iterator[str]:
+def _user_info_encodings(info: str) -> Iterator[str]:
     yield from (info, base64.b64encode(unquote(info).encode(errors="replace")).decode())
     password = info.partition(":")[2]
-    yield from _forms(unquote(password))
+    yield from _encodings(unquote(password))
     yield password
 
 

@@ -29,8 +29,18 @@ import attrs
 from urllib3.util import Url
 
 from providers import INVALID_INPUT, UNAVAILABLE, Health, Job, Never, NotCompleted, NotNow, Result
-from providers.chat import STREAMED, Answer, Server, health_of, other_model, receive, requested, served_models, value_of
-from providers.exchange import Refusal, by_status
+from providers.chat import (
+    STREAMED,
+    Completion,
+    Server,
+    check_models,
+    model_problems,
+    parse_input,
+    result_value,
+    served_models,
+    stream_completion,
+)
+from providers.exchange import ErrorResponse, outcome_by_status
 from providers.settings import (
     authorization,
     duration,
@@ -97,22 +107,22 @@ class VLLM:
             secrets=secrets_in({"LLM_API_KEY": given.key or "", "LLM_BASE_URL": given.url.url}),
             timeout_seconds=given.timeout_seconds,
             idle_seconds=given.idle_seconds,
-            outcome=_outcome,
+            outcome_of=_outcome,
         )
 
     def check(self) -> Health:
         """Ask for the list of models, with the key. `degraded` when one of ours is not among them."""
-        return health_of(self._server, self._models.values(), lambda: served_models(self._server))
+        return check_models(self._server, self._models.values(), lambda: served_models(self._server))
 
     def run(self, job: Job) -> Result:
         """Run one chat completion, abandoned at the job's deadline, at LLM_TIMEOUT or when the job is cancelled."""
         body = _request_body(job, self._models[job.model_profile])
-        answer = Answer()
+        completion = Completion()
         try:
-            receive(self._server, job, body, answer)
-            return Result(value_of(answer, body, same_again=_is_pinned_down(body)), answer.usage())
+            stream_completion(self._server, job, body, completion)
+            return Result(result_value(completion, body, is_deterministic=_is_deterministic(body)), completion.usage())
         except NotCompleted as outcome:
-            outcome.usage = answer.usage()
+            outcome.usage = completion.usage()
             raise
 
 
@@ -121,26 +131,26 @@ class VLLM:
 
 def _request_body(job: Job, model: str) -> dict[str, Any]:
     """The body to send. Raises `Never` when the input is none of the forms described."""
-    request = requested(job.input)
-    if problems := "; ".join([*other_model(request, model, job.model_profile), *_ignored(request)]):
+    request = parse_input(job.input)
+    if problems := "; ".join([*model_problems(request, model, job.model_profile), *_ignored_members(request)]):
         raise Never(INVALID_INPUT, problems)
     return {**request, "model": model, **STREAMED}
 
 
-def _ignored(request: Mapping[str, Any]) -> Iterator[str]:
+def _ignored_members(request: Mapping[str, Any]) -> Iterator[str]:
     """What vLLM would quietly not do."""
     for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         if request.get(name) is not None:
             yield f"vLLM ignores {name}: use response_format or structured_outputs"
 
 
-def _is_pinned_down(body: Mapping[str, Any]) -> bool:
+def _is_deterministic(body: Mapping[str, Any]) -> bool:
     return body.get("seed") is not None or body.get("temperature") == 0
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- error responses
 
-_LOOK_AT = {
+_SETTINGS_BY_STATUS = {
     3: "LLM_BASE_URL: redirects are not followed",
     401: "LLM_API_KEY",
     403: "LLM_API_KEY",
@@ -149,8 +159,8 @@ _LOOK_AT = {
 }
 
 
-def _outcome(refusal: Refusal) -> NotCompleted:
-    if refusal.status == 500 and "after shutdown" in refusal.text and not refusal.in_stream:
+def _outcome(error: ErrorResponse) -> NotCompleted:
+    if error.status == 500 and "after shutdown" in error.text and not error.in_stream:
         # A vLLM that is shutting down refuses new work in these words, with 500 instead of 503.
-        return NotNow(UNAVAILABLE, refusal.message, retry_in_seconds=refusal.retry_in_seconds, burns_attempt=False)
-    return by_status(refusal, _LOOK_AT)
+        return NotNow(UNAVAILABLE, error.message, retry_in_seconds=error.retry_in_seconds, burns_attempt=False)
+    return outcome_by_status(error, _SETTINGS_BY_STATUS)

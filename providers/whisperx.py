@@ -82,30 +82,30 @@ from providers.exchange import (
     CHECK_SECONDS,
     MAX_RETRY_AFTER_SECONDS,
     Exchange,
-    by_status,
-    counts_in,
+    cancellation,
+    deadline_after,
+    outcome_by_status,
     raw_usage,
-    refusal_of,
+    read_error,
     request_headers,
     request_id,
-    seconds_to,
-    time_limit,
-    was_cancelled,
+    seconds_until,
+    token_counts,
 )
 from providers.settings import DAY_SECONDS, authorization, duration, header_word, profile_name, secrets_in, web_address, whole
 
 BASE_SECONDS = 120.0
 """What any file may take, however short: models are loaded, others wait before it."""
-MOST_SECONDS = float(DAY_SECONDS)
+MAX_SECONDS = float(DAY_SECONDS)
 MAX_DESCRIPTION_BYTES = 4 * 1024 * 1024
-SERVERS_OWN_MODEL = "whisper-1"
+DEFAULT_MODEL = "whisper-1"
 """The name that the servers of the openai dialect take for: your default."""
 
 
 # ---------------------------------------------------------------- settings
 
 
-def _base(text: str) -> Url:
+def _base_url(text: str) -> Url:
     url = web_address(text)
     return url._replace(path=re.sub(r"/v1$", "", url.path or ""))
 
@@ -124,13 +124,13 @@ def _profiles(text: str) -> tuple[str, ...]:
 class WhisperXSettings(AudioSettings):
     """The settings of this module's description, and those of the audio."""
 
-    url: Url = setting("WHISPERX_URL", "address of the WhisperX server", read=_base, required=True)
+    url: Url = setting("WHISPERX_URL", "address of the WhisperX server", read=_base_url, required=True)
     key: str | None = setting("WHISPERX_API_KEY", "its key", read=header_word, secret=True)
     dialect: str = setting("WHISPERX_DIALECT", "what it speaks: openai, asr, or auto to ask it", default="auto", read=_dialect)
     model: str | None = setting("WHISPERX_MODEL", "the model to ask for; the server's own without it", read=header_word)
     profiles: tuple[str, ...] = setting("WHISPERX_PROFILES", "model profiles it serves", default="whisperx", read=_profiles)
     timeout_seconds: float = setting(
-        "WHISPERX_TIMEOUT", "limit of one attempt at audio of unknown length", default="1h", read=duration(0.1, MOST_SECONDS)
+        "WHISPERX_TIMEOUT", "limit of one attempt at audio of unknown length", default="1h", read=duration(0.1, MAX_SECONDS)
     )
     time_factor: int = setting(
         "WHISPERX_TIME_FACTOR", f"seconds allowed per second of audio, on top of {BASE_SECONDS:g}", default="2", read=whole(1, 1_000)
@@ -170,8 +170,8 @@ class WhisperX:
     def __init__(self, environ: Mapping[str, str]) -> None:
         """Raises `NotConfigured` without WHISPERX_URL and `SettingsError` with all problems of the settings."""
         self._settings = provider_settings(WhisperXSettings, environ)
-        self._looking = threading.Lock()
-        self._known: _Server | None = None
+        self._description_lock = threading.Lock()
+        self._known_server: _Server | None = None
         self.model_profiles = self._settings.profiles
 
     def check(self) -> Health:
@@ -181,66 +181,66 @@ class WhisperX:
         """
         started = time.monotonic()
         try:
-            server = self._known = _described_by(self._settings, CHECK_SECONDS)
-            _refuse_wrong_key(self._settings, server, CHECK_SECONDS - (time.monotonic() - started))
+            server = self._known_server = _fetch_description(self._settings, CHECK_SECONDS)
+            _check_key(self._settings, server, CHECK_SECONDS - (time.monotonic() - started))
         except NotCompleted as trouble:
             busy = trouble.category == TIMEOUT and getattr(trouble, "burns_attempt", False)
             detail = f"busy or slow: {trouble.message}" if busy else trouble.message
             return Health("degraded" if busy else "unavailable", detail, endpoint=self._settings.endpoint)
-        idle = self._settings.model is not None and not any(route.takes("model") for route in server.routes)
+        is_model_ignored = self._settings.model is not None and not any(route.supports("model") for route in server.routes)
         return Health(
-            "degraded" if idle else "ok",
-            "WHISPERX_MODEL is set, and the server takes no model" if idle else f"speaks {server.dialects}",
+            "degraded" if is_model_ignored else "ok",
+            "WHISPERX_MODEL is set, and the server takes no model" if is_model_ignored else f"speaks {server.dialects}",
             endpoint=self._settings.endpoint,
             latency_ms=(time.monotonic() - started) * 1000,
         )
 
     def run(self, job: Job) -> Result:
         """Transcribe one file. The attempt is abandoned at the job's deadline or its own limit, and when the job is cancelled."""
-        wish = _wish(job.input)
-        job.seconds_allowed(MOST_SECONDS)  # raises NotNow when it is too late to begin
-        server = self._server(job)
-        server.route_for(wish)  # before the audio is fetched for nothing
+        options = _read_options(job.input)
+        job.seconds_allowed(MAX_SECONDS)  # raises NotNow when it is too late to begin
+        server = self._get_server(job)
+        server.route_for(options)  # before the audio is fetched for nothing
         job.report_progress({"stage": "audio"})
         with audio_of(job, self._settings) as audio:
-            attempt = _Attempt(job, wish, audio, _limit_seconds(self._settings, wish, audio))
+            attempt = _Attempt(job, options, audio, _limit_seconds(self._settings, options, audio))
             try:
                 answer = self._answer(server, attempt)
-                return Result(_value(answer, attempt), _usage(answer, audio))
+                return Result(_result_value(answer, attempt), _usage(answer, audio))
             except NotCompleted as outcome:
                 worked = getattr(outcome, "burns_attempt", outcome.category in (INTERNAL, INVALID_OUTPUT))
                 outcome.usage = _usage({}, audio) if worked else None
                 raise
 
-    def _server(self, job: Job) -> "_Server":
+    def _get_server(self, job: Job) -> "_Server":
         """What the server offers, as it said when it was asked. One thread asks, the others wait for that, each as long as it may."""
-        until = time_limit(job, self._settings.timeout_seconds)
-        while (known := self._known) is None:
-            _refuse_when_over(job, until)
-            if self._looking.acquire(timeout=0.05):
+        until = deadline_after(job, self._settings.timeout_seconds)
+        while (known := self._known_server) is None:
+            _raise_if_over(job, until)
+            if self._description_lock.acquire(timeout=0.05):
                 try:
-                    self._known = self._known or _described_by(self._settings, seconds_to(until), job)
+                    self._known_server = self._known_server or _fetch_description(self._settings, seconds_until(until), job)
                 finally:
-                    self._looking.release()
+                    self._description_lock.release()
         return known
 
     def _answer(self, server: "_Server", attempt: "_Attempt") -> Mapping[str, Any]:
         """What the server makes of the audio. Raises `NotNow`, `Never`, `Unsupported`."""
         try:
-            return _asked(self._settings, server, attempt)
+            return _transcribe(self._settings, server, attempt)
         except _NoSuchRoute:
             # Another server may have taken its place.
-            again = self._known = _described_by(self._settings, seconds_to(attempt.until), attempt.job)
+            again = self._known_server = _fetch_description(self._settings, seconds_until(attempt.until), attempt.job)
             if again == server:
                 raise
-            return _asked(self._settings, again, attempt)
+            return _transcribe(self._settings, again, attempt)
 
 
 # ---------------------------------------------------------------- input
 
 
 @attrs.frozen(kw_only=True)
-class _Wish:
+class _Options:
     """What a job asks for, the audio apart."""
 
     language: str | None = None
@@ -271,7 +271,7 @@ def _is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= 7 * DAY_SECONDS
 
 
-_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+_OPTION_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "language": (_is_text(3, "[a-z]{2,3}"), "a language's code of two or three small letters, as in en"),
     "task": (_is_text(10, "transcribe|translate"), "transcribe or translate"),
     "prompt": (_is_text(4_000), "a text of 1 to 4000 characters"),
@@ -285,24 +285,26 @@ _OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _wish(given: Any) -> _Wish:
+def _read_options(given: Any) -> _Options:
     """What the job asks for. Raises `Never` with all that is wrong with it, and quotes none of its values."""
     if not isinstance(given, dict):
         raise Never(INVALID_INPUT, f"input must be an object with one of {', '.join(SOURCES)}")
     options = {name: value for name, value in given.items() if name not in SOURCES and value is not None}
-    unknown = [name for name in given if name not in SOURCES and name not in _OPTIONS]
+    unknown = [name for name in given if name not in SOURCES and name not in _OPTION_RULES]
     problems = [f"input has an unknown member {name}" for name in unknown if re.fullmatch(r"\w{1,40}", name)]
     problems = problems or ["input has an unknown member" for _ in unknown[:1]]
     problems += [
-        f"{name} must be {_OPTIONS[name][1]}" for name, value in options.items() if name in _OPTIONS and not _OPTIONS[name][0](value)
+        f"{name} must be {_OPTION_RULES[name][1]}"
+        for name, value in options.items()
+        if name in _OPTION_RULES and not _OPTION_RULES[name][0](value)
     ]
-    problems += [] if problems else _contradictions(options)
+    problems += [] if problems else _option_conflicts(options)
     if problems:
         raise Never(INVALID_INPUT, "; ".join(problems[:10]))
-    return _Wish(**options)
+    return _Options(**options)
 
 
-def _contradictions(options: Mapping[str, Any]) -> Iterator[str]:
+def _option_conflicts(options: Mapping[str, Any]) -> Iterator[str]:
     for name in ("min_speakers", "max_speakers"):
         if name in options and not options.get("diarize"):
             yield f"{name} goes with diarize"
@@ -310,16 +312,16 @@ def _contradictions(options: Mapping[str, Any]) -> Iterator[str]:
         yield "min_speakers must not be more than max_speakers"
 
 
-def _limit_seconds(settings: WhisperXSettings, wish: _Wish, audio: Audio) -> float:
+def _limit_seconds(settings: WhisperXSettings, options: _Options, audio: Audio) -> float:
     """How long the server may take: what the audio's length allows where it is known, else at most what the file's size does."""
-    told = wish.duration_seconds if audio.seconds is None else audio.seconds
-    allowed = BASE_SECONDS + settings.time_factor * (audio.most_seconds if told is None else told)
-    return min(allowed, settings.timeout_seconds if told is None else MOST_SECONDS)
+    known_seconds = options.duration_seconds if audio.seconds is None else audio.seconds
+    allowed = BASE_SECONDS + settings.time_factor * (audio.max_seconds if known_seconds is None else known_seconds)
+    return min(allowed, settings.timeout_seconds if known_seconds is None else MAX_SECONDS)
 
 
-def _refuse_when_over(job: Job, until: float, *, burns_attempt: bool = False) -> None:
+def _raise_if_over(job: Job, until: float, *, burns_attempt: bool = False) -> None:
     if job.cancelled.is_set():
-        raise was_cancelled()
+        raise cancellation()
     if time.monotonic() >= until:
         raise NotNow(TIMEOUT, "there was no answer in time", burns_attempt=burns_attempt)
 
@@ -329,21 +331,21 @@ class _Attempt:
     """One job, what it asks for, its audio, and the time there is for it."""
 
     job: Job
-    wish: _Wish
+    options: _Options
     audio: Audio
     limit_seconds: float
     until: float = attrs.field(init=False)
 
     @until.default
     def _until(self) -> float:
-        return time_limit(self.job, self.limit_seconds)
+        return deadline_after(self.job, self.limit_seconds)
 
 
 # ---------------------------------------------------------------- what the server offers
 
 _TRANSCRIPTIONS, _TRANSLATIONS, _ASR = "/v1/audio/transcriptions", "/v1/audio/translations", "/asr"
-_LOOKUP = re.compile(rf"{_TRANSCRIPTIONS}/\{{[^/]+\}}/(status|result)")
-_WORDS = {"asr": {"prompt": "initial_prompt"}, "openai": {"word_timestamps": "align"}}
+_RESULT_ROUTES = re.compile(rf"{_TRANSCRIPTIONS}/\{{[^/]+\}}/(status|result)")
+_PARAMETER_NAMES = {"asr": {"prompt": "initial_prompt"}, "openai": {"word_timestamps": "align"}}
 """What an option is called where it is not called as in the input."""
 
 
@@ -358,19 +360,19 @@ class _Route:
     form: frozenset[str]
     required: frozenset[str] = frozenset()
 
-    def named(self, option: str) -> str:
+    def parameter_name(self, option: str) -> str:
         """What the option is called here."""
-        return _WORDS[self.dialect].get(option, option)
+        return _PARAMETER_NAMES[self.dialect].get(option, option)
 
-    def takes(self, option: str) -> bool:
+    def supports(self, option: str) -> bool:
         """Whether there is such an option here."""
-        return self.named(option) in self.query | self.form
+        return self.parameter_name(option) in self.query | self.form
 
-    def lacks(self, wish: _Wish) -> list[str]:
+    def missing_options(self, options: _Options) -> list[str]:
         """What the job asks for and cannot be had here."""
         asked = ("language", "prompt", "model", "diarize", "min_speakers", "max_speakers")
-        lacking = [option for option in asked if getattr(wish, option) and not self.takes(option)]
-        return lacking + ([] if wish.task in self.tasks else [f"task {wish.task}"])
+        lacking = [option for option in asked if getattr(options, option) and not self.supports(option)]
+        return lacking + ([] if options.task in self.tasks else [f"task {options.task}"])
 
 
 _ASSUMED = (
@@ -394,39 +396,41 @@ class _Server:
     """What a server offers: ways to transcribe, in the order to try them, and whether it finds earlier requests again."""
 
     routes: tuple[_Route, ...]
-    looks_up: bool = False
+    keeps_results: bool = False
 
     @property
     def dialects(self) -> str:
         """The dialects it speaks, for a person to read."""
         return " and ".join(dict.fromkeys(route.dialect for route in self.routes))
 
-    def route_for(self, wish: _Wish) -> _Route:
+    def route_for(self, options: _Options) -> _Route:
         """The first way that does all that is asked for. Raises `Unsupported` if there is none."""
         for route in self.routes:
-            if not route.lacks(wish):
+            if not route.missing_options(options):
                 return route
-        raise Unsupported("; ".join(f"{route.path} of this server takes no {', no '.join(route.lacks(wish))}" for route in self.routes))
+        raise Unsupported(
+            "; ".join(f"{route.path} of this server takes no {', no '.join(route.missing_options(options))}" for route in self.routes)
+        )
 
 
-def _described_by(settings: WhisperXSettings, limit_seconds: float, job: Job | None = None) -> _Server:
+def _fetch_description(settings: WhisperXSettings, limit_seconds: float, job: Job | None = None) -> _Server:
     """What the server says it offers. Raises `NotNow`, which burns no attempt: nothing has been done for the job."""
     cancelled = job.cancelled if job else None
     try:
         with Exchange(settings.url, limit_seconds=limit_seconds, cancelled=cancelled) as exchange:
             response = exchange.send("GET", "/openapi.json", settings.headers())
-            _refuse_when_nothing_is_taken(response, settings)
+            _raise_if_unavailable(response, settings)
             text = b"".join(exchange.blocks(response, MAX_DESCRIPTION_BYTES)) if response.status == HTTPStatus.OK else b""
     except NotNow as trouble:
         # A check wants to know whether the connection was taken.
         trouble.burns_attempt = trouble.burns_attempt and job is None
         raise
-    return _offers(_object(text), settings)
+    return _described_server(_json_object(text), settings)
 
 
-def _offers(description: Mapping[str, Any], settings: WhisperXSettings) -> _Server:
-    paths = _at(description, "paths")
-    described = {path: _route(path, _at(paths, path, "post"), description) for path in (_TRANSCRIPTIONS, _TRANSLATIONS, _ASR)}
+def _described_server(description: Mapping[str, Any], settings: WhisperXSettings) -> _Server:
+    paths = _object_at(description, "paths")
+    described = {path: _route(path, _object_at(paths, path, "post"), description) for path in (_TRANSCRIPTIONS, _TRANSLATIONS, _ASR)}
     routes = [route for route in described.values() if route and settings.dialect in ("auto", route.dialect)]
     if not routes:
         routes = [route for route in _ASSUMED if route.dialect == settings.dialect and not paths]
@@ -435,8 +439,8 @@ def _offers(description: Mapping[str, Any], settings: WhisperXSettings) -> _Serv
             path for path, dialect in ((_TRANSCRIPTIONS, "openai"), (_ASR, "asr")) if settings.dialect in ("auto", dialect)
         )
         raise NotNow(UNAVAILABLE, f"/openapi.json does not tell of {wanted} (look at WHISPERX_URL, WHISPERX_DIALECT)", burns_attempt=False)
-    kinds = {found[1] for path in paths if (found := _LOOKUP.fullmatch(path))}
-    return _Server(tuple(routes), looks_up=len(kinds) == 2)
+    kinds = {found[1] for path in paths if (found := _RESULT_ROUTES.fullmatch(path))}
+    return _Server(tuple(routes), keeps_results=len(kinds) == 2)
 
 
 def _route(path: str, operation: Mapping[str, Any], description: Mapping[str, Any]) -> _Route | None:
@@ -445,30 +449,30 @@ def _route(path: str, operation: Mapping[str, Any], description: Mapping[str, An
     parameters = operation.get("parameters")
     listed = [item for item in parameters if isinstance(item, dict)] if isinstance(parameters, list) else []
     query = {str(item.get("name")) for item in listed if item.get("in") == "query"}
-    bodies = [_at(content, "schema") for content in _at(operation, "requestBody", "content").values()]
-    schema = _at(description, *_reference(bodies[0])) if bodies and _reference(bodies[0]) else bodies[0] if bodies else {}
-    form, required = set(_at(schema, "properties")), schema.get("required")
+    bodies = [_object_at(content, "schema") for content in _object_at(operation, "requestBody", "content").values()]
+    schema = _object_at(description, *_reference_path(bodies[0])) if bodies and _reference_path(bodies[0]) else bodies[0] if bodies else {}
+    form, required = set(_object_at(schema, "properties")), schema.get("required")
     tasks = {"transcribe", "translate"} if "task" in query | form else {"translate"} if path == _TRANSLATIONS else {"transcribe"}
     needed = frozenset(map(str, required)) if isinstance(required, list) else frozenset()
     dialect = "asr" if path == _ASR else "openai"
     return _Route(dialect, path, frozenset(tasks), frozenset(query), frozenset(form), needed)
 
 
-def _reference(schema: Mapping[str, Any]) -> list[str]:
+def _reference_path(schema: Mapping[str, Any]) -> list[str]:
     """The way to what a schema refers to, within the description; none if it says all itself."""
     several = schema.get("allOf")
     reference = (several[0] if isinstance(several, list) and several and isinstance(several[0], dict) else schema).get("$ref")
     return reference.removeprefix("#/").split("/") if isinstance(reference, str) else []
 
 
-def _at(value: Any, *names: str) -> Mapping[str, Any]:
+def _object_at(value: Any, *names: str) -> Mapping[str, Any]:
     """The object that lies there, or an empty one."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
 
 
-def _refuse_wrong_key(settings: WhisperXSettings, server: _Server, limit_seconds: float) -> None:
+def _check_key(settings: WhisperXSettings, server: _Server, limit_seconds: float) -> None:
     """Raises `NotNow` when the server refuses the key, or everything.
 
     Its description needs no key. A request without a file does, and ends before any work: with a complaint about the missing file.
@@ -477,58 +481,58 @@ def _refuse_wrong_key(settings: WhisperXSettings, server: _Server, limit_seconds
         return
     with Exchange(settings.url, limit_seconds=max(0.1, limit_seconds)) as exchange:
         response = exchange.send("POST", server.routes[0].path, settings.headers(), b"")
-        _refuse_when_nothing_is_taken(response, settings)
+        _raise_if_unavailable(response, settings)
 
 
 # ---------------------------------------------------------------- request
 
-_CAN_BE_LOOKED_UP = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_RESULT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """Which ids whisperx-api-server takes; it puts one of its own in the place of any other."""
 
 
-def _asked(settings: WhisperXSettings, server: _Server, attempt: _Attempt) -> Mapping[str, Any]:
+def _transcribe(settings: WhisperXSettings, server: _Server, attempt: _Attempt) -> Mapping[str, Any]:
     """The server's answer about the audio: one it has kept from before, or else a new one."""
-    route = server.route_for(attempt.wish)
+    route = server.route_for(attempt.options)
     try:
-        known_by = attempt.job.id if server.looks_up and _CAN_BE_LOOKED_UP.fullmatch(attempt.job.id) else None
-        if known_by and (known := _kept(settings, attempt)):
+        result_id = attempt.job.id if server.keeps_results and _RESULT_ID.fullmatch(attempt.job.id) else None
+        if result_id and (known := _earlier_answer(settings, attempt)):
             return known
         attempt.job.report_progress({"stage": "transcription", "limit_seconds": round(attempt.limit_seconds)})
-        return _sent(settings, route, attempt, known_by)
+        return _upload(settings, route, attempt, result_id)
     except NotNow as outcome:
-        if outcome.category == TIMEOUT and outcome.burns_attempt and not server.looks_up and outcome.retry_in_seconds is None:
+        if outcome.category == TIMEOUT and outcome.burns_attempt and not server.keeps_results and outcome.retry_in_seconds is None:
             # The server works on. Another limit's time is what it may take to come to the end, with luck.
             outcome.retry_in_seconds = min(MAX_RETRY_AFTER_SECONDS, max(60.0, attempt.limit_seconds) * attempt.job.attempt)
         raise
 
 
-def _sent(settings: WhisperXSettings, route: _Route, attempt: _Attempt, known_by: str | None) -> Mapping[str, Any]:
-    fields = _fields(route, attempt.wish, settings.model)
+def _upload(settings: WhisperXSettings, route: _Route, attempt: _Attempt, result_id: str | None) -> Mapping[str, Any]:
+    fields = _fields(route, attempt.options, settings.model)
     query = urlencode([field for field in fields if _goes_into_query(route, field[0])])
     form = [field for field in fields if not _goes_into_query(route, field[0])]
-    about_body, body = _multipart(form, "audio_file" if route.dialect == "asr" else "file", attempt)
+    body_headers, body = _multipart(form, "audio_file" if route.dialect == "asr" else "file", attempt)
     # Where an id means nothing to the server it is for its log, and then two of one name at the same time would confuse.
-    headers = settings.headers(attempt.job) | about_body | {"X-Request-ID": known_by or request_id(attempt.job)}
-    with Exchange(settings.url, limit_seconds=seconds_to(attempt.until), cancelled=attempt.job.cancelled) as exchange:
+    headers = settings.headers(attempt.job) | body_headers | {"X-Request-ID": result_id or request_id(attempt.job)}
+    with Exchange(settings.url, limit_seconds=seconds_until(attempt.until), cancelled=attempt.job.cancelled) as exchange:
         response = exchange.send("POST", f"{route.path}?{query}".rstrip("?"), headers, body)
         if response.status != HTTPStatus.OK:
-            raise _refused(response, attempt, settings)
-        return _read(b"".join(exchange.blocks(response)), response.headers.get("content-type", ""), attempt)
+            raise _error_outcome(response, attempt, settings)
+        return _parse_answer(b"".join(exchange.blocks(response)), response.headers.get("content-type", ""), attempt)
 
 
-def _fields(route: _Route, wish: _Wish, model: str | None) -> list[tuple[str, str]]:
+def _fields(route: _Route, options: _Options, model: str | None) -> list[tuple[str, str]]:
     """The options, each under its name here. What is always asked for is sent even where a server does not tell that it takes it."""
     if route.dialect == "asr":
-        always, words = [("output", "json")], wish.word_timestamps
+        always, words = [("output", "json")], options.word_timestamps
     else:
-        detail = ["word", "segment"] if wish.word_timestamps else ["segment"]
+        detail = ["word", "segment"] if options.word_timestamps else ["segment"]
         always = [("response_format", "verbose_json"), *(("timestamp_granularities[]", one) for one in detail)]
-        words = wish.word_timestamps or wish.diarize  # in the openai dialect the option is called align, and diarize needs it
-    default = model or (SERVERS_OWN_MODEL if "model" in route.required else None)
+        words = options.word_timestamps or options.diarize  # in the openai dialect the option is called align, and diarize needs it
+    default = model or (DEFAULT_MODEL if "model" in route.required else None)
     # One server tells speakers apart unless it is told not to.
-    options = attrs.asdict(wish) | {"word_timestamps": words, "model": wish.model or default}
+    values = attrs.asdict(options) | {"word_timestamps": words, "model": options.model or default}
     names = ("model", "task", "language", "prompt", "word_timestamps", "diarize", "min_speakers", "max_speakers")
-    asked = [(route.named(name), options[name]) for name in names if options[name] is not None and route.takes(name)]
+    asked = [(route.parameter_name(name), values[name]) for name in names if values[name] is not None and route.supports(name)]
     return always + [(name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in asked]
 
 
@@ -550,50 +554,50 @@ def _multipart(fields: list[tuple[str, str]], file_field: str, attempt: _Attempt
 
 def _file_name(attempt: _Attempt) -> str:
     """A name without anything that a header or a server's disk could trip over."""
-    named = re.sub(r"[^A-Za-z0-9._-]+", "_", attempt.wish.filename or "")[-100:].lstrip(".")
+    named = re.sub(r"[^A-Za-z0-9._-]+", "_", attempt.options.filename or "")[-100:].lstrip(".")
     return named or f"audio.{attempt.audio.suffix or 'bin'}"
 
 
 # ---------------------------------------------------------------- what the server has kept
 
 
-def _kept(settings: WhisperXSettings, attempt: _Attempt) -> Mapping[str, Any]:
+def _earlier_answer(settings: WhisperXSettings, attempt: _Attempt) -> Mapping[str, Any]:
     """The answer to what an earlier attempt had sent, waited for while the server is at it; empty if it has none."""
     place = f"{_TRANSCRIPTIONS}/{attempt.job.id}"
     pause = 0.25
-    while (state := _got(settings, attempt, f"{place}/status")).get("status") in ("queued", "in_progress"):
+    while (state := _get_object(settings, attempt, f"{place}/status")).get("status") in ("queued", "in_progress"):
         attempt.job.report_progress({"stage": "transcription", "server_stage": str(state.get("stage"))[:100]})
-        attempt.job.cancelled.wait(min(pause, seconds_to(attempt.until)))
-        _refuse_when_over(attempt.job, attempt.until, burns_attempt=True)
+        attempt.job.cancelled.wait(min(pause, seconds_until(attempt.until)))
+        _raise_if_over(attempt.job, attempt.until, burns_attempt=True)
         pause = min(5.0, pause * 1.5)
-    return {} if state.get("status") != "completed" else _got(settings, attempt, f"{place}/result?response_format=verbose_json")
+    return {} if state.get("status") != "completed" else _get_object(settings, attempt, f"{place}/result?response_format=verbose_json")
 
 
-def _got(settings: WhisperXSettings, attempt: _Attempt, path: str) -> Mapping[str, Any]:
+def _get_object(settings: WhisperXSettings, attempt: _Attempt, path: str) -> Mapping[str, Any]:
     """The object at this path; empty if there is none. Raises `NotNow` when the server does not take requests."""
-    with Exchange(settings.url, limit_seconds=seconds_to(attempt.until), cancelled=attempt.job.cancelled) as exchange:
+    with Exchange(settings.url, limit_seconds=seconds_until(attempt.until), cancelled=attempt.job.cancelled) as exchange:
         response = exchange.send("GET", path, settings.headers())
         if response.status == HTTPStatus.OK:
-            return _read(b"".join(exchange.blocks(response)), response.headers.get("content-type", ""), attempt)
-        _refuse_when_nothing_is_taken(response, settings)
+            return _parse_answer(b"".join(exchange.blocks(response)), response.headers.get("content-type", ""), attempt)
+        _raise_if_unavailable(response, settings)
         return {}
 
 
 # ---------------------------------------------------------------- answer
 
 
-def _read(text: bytes, content_type: str, attempt: _Attempt) -> Mapping[str, Any]:
+def _parse_answer(text: bytes, content_type: str, attempt: _Attempt) -> Mapping[str, Any]:
     """The answer as an object. Its type is often told wrong, so what it looks like counts. Raises `NotNow`, `Never`."""
-    if answer := _object(text):
+    if answer := _json_object(text):
         return answer
     # Neither cut JSON, nor a page, nor subtitles; and nothing at all is not silence.
     if content_type.startswith("text/plain") and re.match(rb"\s*[^\s\[{<]", text) and b"-->" not in text:
         with contextlib.suppress(UnicodeDecodeError):
             return {"text": text.decode()}
-    raise _tried_twice(attempt, INVALID_OUTPUT, "the server's answer is neither JSON nor a text")
+    raise _retryable_once(attempt, INVALID_OUTPUT, "the server's answer is neither JSON nor a text")
 
 
-def _object(text: bytes) -> Mapping[str, Any]:
+def _json_object(text: bytes) -> Mapping[str, Any]:
     """The JSON object that this is, or an empty one."""
     try:
         answer = json.loads(text)
@@ -602,11 +606,11 @@ def _object(text: bytes) -> Mapping[str, Any]:
     return answer if isinstance(answer, dict) else {}
 
 
-def _value(answer: Mapping[str, Any], attempt: _Attempt) -> dict[str, Any]:
+def _result_value(answer: Mapping[str, Any], attempt: _Attempt) -> dict[str, Any]:
     """The result. Raises `NotNow` or `Never` when the answer is in no shape that is known."""
     try:
-        segments = _segments(answer, with_words=attempt.wish.word_timestamps)
-        spoken = [segment["text"] for segment in segments] or _lines(answer.get("text"))
+        segments = _segments(answer, with_words=attempt.options.word_timestamps)
+        spoken = [segment["text"] for segment in segments] or _text_lines(answer.get("text"))
         value: dict[str, Any] = {
             "text": " ".join(spoken),
             "language": answer.get("language") if isinstance(answer.get("language"), str) else None,
@@ -615,15 +619,15 @@ def _value(answer: Mapping[str, Any], attempt: _Attempt) -> dict[str, Any]:
         }
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise _tried_twice(attempt, INVALID_OUTPUT, "the server's answer has half of a surrogate pair") from None
-    except _OddShape as odd:
-        raise _tried_twice(attempt, INVALID_OUTPUT, f"the server's answer is no transcription: {odd}") from None
-    if attempt.wish.diarize:
+        raise _retryable_once(attempt, INVALID_OUTPUT, "the server's answer has half of a surrogate pair") from None
+    except _UnknownFormat as error:
+        raise _retryable_once(attempt, INVALID_OUTPUT, f"the server's answer is no transcription: {error}") from None
+    if attempt.options.diarize:
         value["speakers"] = _speakers(segments)
     return value | _model(answer)
 
 
-class _OddShape(Exception):
+class _UnknownFormat(Exception):
     """What is odd about an answer, without a word of it."""
 
 
@@ -634,11 +638,11 @@ def _segments(answer: Mapping[str, Any], *, with_words: bool) -> list[dict[str, 
     if nested or given is None:
         given = nested.get("segments", answer["text"] if isinstance(answer.get("text"), list) else None)
     if given is None and not isinstance(answer.get("text"), str):
-        raise _OddShape("it has neither segments nor a text")
+        raise _UnknownFormat("it has neither segments nor a text")
     segments = [segment for item in _objects(given, "segments") if (segment := _segment(item))["text"]]
-    apart = next(filter(None, (nested.get("word_segments"), answer.get("word_segments"), answer.get("words"))), None)
-    if apart and not any(segment.get("words") for segment in segments):
-        _distribute([_word(item) for item in _objects(apart, "words")], segments)
+    separate_words = next(filter(None, (nested.get("word_segments"), answer.get("word_segments"), answer.get("words"))), None)
+    if separate_words and not any(segment.get("words") for segment in segments):
+        _assign_words([_word(item) for item in _objects(separate_words, "words")], segments)
     if not with_words:
         for segment in segments:
             segment.pop("words", None)
@@ -649,7 +653,7 @@ def _objects(given: Any, what: str) -> list[Mapping[str, Any]]:
     if given is None:
         return []
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
-        raise _OddShape(f"its {what} are no list of objects")
+        raise _UnknownFormat(f"its {what} are no list of objects")
     return given
 
 
@@ -657,13 +661,13 @@ def _segment(item: Mapping[str, Any]) -> dict[str, Any]:
     words = [_word(word) for word in _objects(item.get("words"), "words")]
     text = item.get("text")
     if not isinstance(text, str):
-        raise _OddShape("a segment has no text")
+        raise _UnknownFormat("a segment has no text")
     return _numbers(item, "start", "end") | {"text": text.strip()} | _speaker(item) | ({"words": words} if words else {})
 
 
 def _word(item: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(item.get("word"), str):
-        raise _OddShape("a word has no text")
+        raise _UnknownFormat("a word has no text")
     return {"word": item["word"].strip()} | _numbers(item, "start", "end", "score") | _speaker(item)
 
 
@@ -680,7 +684,7 @@ def _speaker(item: Mapping[str, Any]) -> dict[str, str]:
     return {"speaker": item["speaker"]} if isinstance(item.get("speaker"), str) else {}
 
 
-def _distribute(words: list[dict[str, Any]], segments: list[dict[str, Any]]) -> None:
+def _assign_words(words: list[dict[str, Any]], segments: list[dict[str, Any]]) -> None:
     """Put words that stand for themselves into their segments: by their times, and one without a time with the word before it."""
     if words and not segments:
         segments.append({"text": " ".join(word["word"] for word in words)})
@@ -691,14 +695,14 @@ def _distribute(words: list[dict[str, Any]], segments: list[dict[str, Any]]) -> 
         segments[at].setdefault("words", []).append(word)
 
 
-def _lines(text: Any) -> list[str]:
+def _text_lines(text: Any) -> list[str]:
     """The lines of a text: some servers put each segment on one."""
     return [line.strip() for line in text.splitlines() if line.strip()] if isinstance(text, str) else []
 
 
 def _speakers(segments: list[dict[str, Any]]) -> list[str]:
-    told = (item["speaker"] for segment in segments for item in (segment, *segment.get("words", ())) if "speaker" in item)
-    return sorted(set(told))
+    labels = (item["speaker"] for segment in segments for item in (segment, *segment.get("words", ())) if "speaker" in item)
+    return sorted(set(labels))
 
 
 # ---------------------------------------------------------------- usage
@@ -706,19 +710,19 @@ def _speakers(segments: list[dict[str, Any]]) -> list[str]:
 
 def _seconds(answer: Mapping[str, Any], audio: Audio) -> float | None:
     """How long the audio is. The server has decoded it and knows best; some of them write the number as a text."""
-    told = answer.get("duration")
-    if isinstance(told, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,20})?", told):
-        told = float(told)
-    return told if _is_number(told) and told >= 0 else audio.seconds
+    reported = answer.get("duration")
+    if isinstance(reported, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,20})?", reported):
+        reported = float(reported)
+    return reported if _is_number(reported) and reported >= 0 else audio.seconds
 
 
 def _usage(answer: Mapping[str, Any], audio: Audio) -> dict[str, Any] | None:
     """What is known of it; None if nothing is."""
-    counted = _at(answer, "usage")
+    counted = _object_at(answer, "usage")
     seconds = _seconds(answer, audio)
     if seconds is None and counted.get("type") == "duration" and _is_number(counted.get("seconds")) and counted["seconds"] >= 0:
         seconds = counted["seconds"]
-    usage: dict[str, Any] = {"audio_seconds": seconds} | counts_in(counted) | _model(answer) | raw_usage(counted)
+    usage: dict[str, Any] = {"audio_seconds": seconds} | token_counts(counted) | _model(answer) | raw_usage(counted)
     return {name: value for name, value in usage.items() if value is not None} or None
 
 
@@ -726,9 +730,9 @@ def _model(answer: Mapping[str, Any]) -> dict[str, str]:
     return {"model": answer["model"][:200]} if isinstance(answer.get("model"), str) and answer["model"] else {}
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- error responses
 
-_LOOK_AT = {
+_SETTINGS_BY_STATUS = {
     3: "WHISPERX_URL: redirects are not followed",
     401: "WHISPERX_API_KEY",
     403: "WHISPERX_API_KEY",
@@ -743,8 +747,8 @@ _UNDECODABLE = re.compile(
     re.IGNORECASE,
 )
 """How servers, and the ffmpeg behind them, say that they cannot read the audio, with whatever status."""
-_FULL = re.compile(r"out of memory|cannot allocate memory|no space left", re.IGNORECASE)
-_MODEL_REFUSED = re.compile(
+_OUT_OF_RESOURCES = re.compile(r"out of memory|cannot allocate memory|no space left", re.IGNORECASE)
+_MODEL_REJECTED = re.compile(
     r'"param"\s*:\s*"model"|"loc"\s*:\s*\[[^\]]*"model"|(invalid|unknown|unsupported) model|model[^"]{0,200}(not found|does not exist)',
     re.IGNORECASE,
 )
@@ -754,40 +758,40 @@ class _NoSuchRoute(NotNow):
     """The server has no such route, although it had told of it."""
 
 
-def _refuse_when_nothing_is_taken(response: urllib3.HTTPResponse, settings: WhisperXSettings) -> None:
+def _raise_if_unavailable(response: urllib3.HTTPResponse, settings: WhisperXSettings) -> None:
     """Raises `NotNow` when the server refuses us, or everything, rather than this one request."""
     if response.status not in _NO_ROUTE and response.status >= 300:
-        outcome = by_status(refusal_of(response, settings.secrets), _LOOK_AT)
+        outcome = outcome_by_status(read_error(response, settings.secrets), _SETTINGS_BY_STATUS)
         if isinstance(outcome, NotNow):
             raise outcome
 
 
-def _refused(response: urllib3.HTTPResponse, attempt: _Attempt, settings: WhisperXSettings) -> NotNow | Never:
+def _error_outcome(response: urllib3.HTTPResponse, attempt: _Attempt, settings: WhisperXSettings) -> NotNow | Never:
     """The outcome for a file that was not transcribed."""
     status = response.status
-    refusal = refusal_of(response, settings.secrets)
-    whole = refusal.body.decode(errors="replace")
-    if status in (400, 415, 422, 500) and _UNDECODABLE.search(whole):
+    error = read_error(response, settings.secrets)
+    full_text = error.body.decode(errors="replace")
+    if status in (400, 415, 422, 500) and _UNDECODABLE.search(full_text):
         return Never(INVALID_INPUT, f"the server answered {status}: it cannot decode the audio")
-    if status in (400, 404, 422) and _MODEL_REFUSED.search(whole):
-        if attempt.wish.model:
-            return Never(INVALID_INPUT, refusal.message)
-        return NotNow(UNAVAILABLE, f"{refusal.message} (look at WHISPERX_MODEL)", burns_attempt=False)
-    outcome = by_status(refusal, _LOOK_AT)
+    if status in (400, 404, 422) and _MODEL_REJECTED.search(full_text):
+        if attempt.options.model:
+            return Never(INVALID_INPUT, error.message)
+        return NotNow(UNAVAILABLE, f"{error.message} (look at WHISPERX_MODEL)", burns_attempt=False)
+    outcome = outcome_by_status(error, _SETTINGS_BY_STATUS)
     if status in _NO_ROUTE:
         return _NoSuchRoute(outcome.category, outcome.message, burns_attempt=False)
-    return _unexplained(outcome, whole, attempt) if status == HTTPStatus.INTERNAL_SERVER_ERROR else outcome
+    return _outcome_of_500(outcome, full_text, attempt) if status == HTTPStatus.INTERNAL_SERVER_ERROR else outcome
 
 
-def _unexplained(outcome: NotNow | Never, whole: str, attempt: _Attempt) -> NotNow | Never:
+def _outcome_of_500(outcome: NotNow | Never, full_text: str, attempt: _Attempt) -> NotNow | Never:
     """The outcome for a 500. Half of these servers answer it to what is no audio, to an unknown language or model, without a word why."""
-    if attempt.audio.broken:
-        return Never(INVALID_INPUT, f"{outcome.message}; the file cannot be audio: {attempt.audio.broken}")
-    if _FULL.search(whole):
+    if attempt.audio.defect:
+        return Never(INVALID_INPUT, f"{outcome.message}; the file cannot be audio: {attempt.audio.defect}")
+    if _OUT_OF_RESOURCES.search(full_text):
         return NotNow(UNAVAILABLE, outcome.message)
-    return _tried_twice(attempt, INTERNAL, outcome.message)
+    return _retryable_once(attempt, INTERNAL, outcome.message)
 
 
-def _tried_twice(attempt: _Attempt, category: str, message: str) -> NotNow | Never:
+def _retryable_once(attempt: _Attempt, category: str, message: str) -> NotNow | Never:
     """The outcome for what may be an accident once. These models give the same answer to the same file, so twice it is none."""
     return NotNow(category, message) if attempt.job.attempt < 2 else Never(category, f"{message} (again)")

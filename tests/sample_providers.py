@@ -10,8 +10,8 @@ from urllib3.util import Url
 
 from providers import (
     Health,
+    InstalledProvider,
     Job,
-    Listed,
     Result,
     setting,
 )
@@ -38,9 +38,11 @@ class Plugin:
         return Result(job.input)
 
 
-def listed(*profiles: str, name: str = "plugin", looks: Callable[[], Any] | None = None, secrets: tuple[str, ...] = ()) -> Listed:
+def listed(
+    *profiles: str, name: str = "plugin", looks: Callable[[], Any] | None = None, secrets: tuple[str, ...] = ()
+) -> InstalledProvider:
     plugin = Plugin(name, profiles, looks or (lambda: Health("ok")))
-    return Listed(name=name, origin=f"{name}:Plugin", provider=plugin, secrets=secrets)
+    return InstalledProvider(name=name, origin=f"{name}:Plugin", provider=plugin, secrets=secrets)
 
 
 def a_job(**changes: Any) -> Job:

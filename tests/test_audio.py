@@ -175,7 +175,7 @@ def test_all_sources_give_the_same_file(files: Files, folder: Path) -> None:
     inputs = ({"audio_url": f"{files.url}/call.wav"}, {"audio_base64": encoded(WAV)}, {"audio_path": "2026/call.wav"})
     for one in (got(input_, environ) for input_ in inputs):
         assert one.content == WAV
-        assert (one.audio.size, one.audio.suffix, one.audio.seconds, one.audio.broken) == (len(WAV), "wav", 2.0, None)
+        assert (one.audio.size, one.audio.suffix, one.audio.seconds, one.audio.defect) == (len(WAV), "wav", 2.0, None)
 
 
 def test_a_file_can_be_read_again_from_its_beginning() -> None:
@@ -725,13 +725,13 @@ PCM = wav(format_of(1), SECOND)
 )
 def test_the_length_of_a_wav_file_is_what_is_there(content: bytes, seconds: float | None) -> None:
     audio = got({"audio_base64": encoded(content)}).audio
-    assert (audio.suffix, audio.seconds, audio.broken) == ("wav", seconds, None)
+    assert (audio.suffix, audio.seconds, audio.defect) == ("wav", seconds, None)
 
 
 @pytest.mark.parametrize("content", [PCM[:44], PCM[:40], PCM[:20], PCM[:12], wav(format_of(1)), wav((b"data", b""))], ids=len)
 def test_a_wav_file_without_samples_is_broken(content: bytes) -> None:
     audio = got({"audio_base64": encoded(content)}).audio
-    assert (audio.suffix, audio.seconds, audio.broken) == ("wav", None, "it holds no samples")
+    assert (audio.suffix, audio.seconds, audio.defect) == ("wav", None, "it holds no samples")
 
 
 def box(name: bytes, content: bytes = b"", long: bool = False) -> bytes:
@@ -769,7 +769,7 @@ INDEX = box(b"moov", bytes(100))
 )
 def test_a_file_is_known_by_its_bytes(content: bytes, suffix: str | None, sound: bool) -> None:
     audio = got({"audio_base64": encoded(content)}).audio
-    assert (audio.suffix, audio.seconds, audio.broken is None) == (suffix, None, sound)
+    assert (audio.suffix, audio.seconds, audio.defect is None) == (suffix, None, sound)
 
 
 BEGINNINGS = (b"", b"RIFF\0\0\0\0WAVE", b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0", BRAND, b"\xff\xfb")
@@ -782,8 +782,8 @@ def test_no_bytes_break_the_look(begin: bytes, rest: bytes) -> None:
 
 
 def test_a_size_bounds_the_length_and_a_known_length_is_the_length() -> None:
-    assert got({"audio_base64": encoded(b"OggS" + bytes(9_996))}).audio.most_seconds == 10.0
-    assert got({"audio_base64": encoded(WAV)}).audio.most_seconds == 2.0
+    assert got({"audio_base64": encoded(b"OggS" + bytes(9_996))}).audio.max_seconds == 10.0
+    assert got({"audio_base64": encoded(WAV)}).audio.max_seconds == 2.0
 
 
 def test_audio_does_not_show_what_it_holds() -> None:

@@ -16,7 +16,7 @@ import pytest
 from service import wait_until
 
 from ai_internal.worker.fleet import Circuit, Fleet
-from providers import Checks, Health, Job, Listed, Never, NotCompleted, NotNow, Result, Unsupported
+from providers import Checks, Health, InstalledProvider, Job, Never, NotCompleted, NotNow, Result, Unsupported
 
 FINE = Result("fine")
 REFUSED = NotNow("unavailable", "connection refused", burns_attempt=False)
@@ -224,8 +224,8 @@ class Stub:
         raise AssertionError("not asked here")
 
 
-def listed(name: str, *profiles: str) -> Listed:
-    return Listed(name=name, origin=f"test:{name}", provider=Stub(name, profiles), secrets=("hidden-word",))
+def listed(name: str, *profiles: str) -> InstalledProvider:
+    return InstalledProvider(name=name, origin=f"test:{name}", provider=Stub(name, profiles), secrets=("hidden-word",))
 
 
 @contextmanager
@@ -328,7 +328,7 @@ def test_a_provider_whose_check_hangs_is_not_asked_again_meanwhile() -> None:
             released.wait(30)
             return Health("ok")
 
-    one = Listed(name="hanging", origin="test:Hanging", provider=Hanging("hanging", ("text",)))
+    one = InstalledProvider(name="hanging", origin="test:Hanging", provider=Hanging("hanging", ("text",)))
     checks = Checks([one])
     for _ in range(3):
         [item] = checks.look(limit_seconds=0.05)

@@ -33,7 +33,7 @@ from ai_internal.server.requests import ValidationFailed, count_usage
 from ai_internal.worker import worker
 from providers import Job, NotCompleted, NotConfigured, Result, SettingsError, declared, parse_duration, provider_settings
 from providers.audio import AudioSettings, audio_of
-from providers.exchange import said
+from providers.exchange import error_text
 from providers.openclaw import OpenClaw, OpenClawSettings
 from providers.settings import read_settings
 from providers.vllm import VLLM, VLLMSettings
@@ -335,7 +335,7 @@ def test_any_answer_to_a_check_is_a_health_without_secrets(parrot: Parrot, name:
 @fuzzed()
 @given(ANSWERS, MEDIA_TYPES)
 def test_whatever_a_server_says_is_shown_on_one_short_line_without_secrets(body: bytes, media_type: str) -> None:
-    shown = said(body, media_type, (SECRET,))
+    shown = error_text(body, media_type, (SECRET,))
     assert SECRET not in shown
     assert len(shown) <= 500
     assert not shown or (shown.isprintable() and shown.encode())

@@ -527,14 +527,14 @@ def test_without_address_or_token_it_is_off(absent: str) -> None:
 @pytest.mark.parametrize(
     ("url", "endpoint"),
     [
-        ("http://host:18789", "http://host:18789/v1"),
-        ("http://host:18789/", "http://host:18789/v1"),
-        ("http://host:18789/v1/", "http://host:18789/v1"),
-        ("https://host/claw", "https://host/claw/v1"),
+        ("http://127.0.0.1:1", "http://127.0.0.1:1/v1"),
+        ("http://127.0.0.1:1/", "http://127.0.0.1:1/v1"),
+        ("http://127.0.0.1:1/v1/", "http://127.0.0.1:1/v1"),
+        ("https://127.0.0.1:1/claw", "https://127.0.0.1:1/claw/v1"),
     ],
 )
 def test_the_address_is_taken_with_and_without_its_version(url: str, endpoint: str) -> None:
-    assert OpenClaw(SET | {"OPENCLAW_URL": url})._server.endpoint == endpoint
+    assert OpenClaw(SET | {"OPENCLAW_URL": url}).check().endpoint == endpoint
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from sample_providers import listed
 from providers import (
     GROUP,
     Health,
-    Listed,
+    InstalledProvider,
     SettingsError,
     by_profile,
     check_all,
@@ -197,7 +197,7 @@ print(sorted({"torch", "numpy", "transformers", "vllm", "openai", "falcon", "pg8
 
 def test_profiles_lead_to_their_providers() -> None:
     one, other = listed("a", "b", name="one"), listed("c", name="other")
-    away = Listed(name="away", origin="x:Y", health=Health("not_configured"))
+    away = InstalledProvider(name="away", origin="x:Y", health=Health("not_configured"))
     assert by_profile([one, away, other]) == {"a": (one,), "b": (one,), "c": (other,)}
 
 
@@ -214,13 +214,13 @@ def test_an_order_says_who_runs_a_profile_and_in_which_turn() -> None:
 
 def test_an_order_passes_over_a_provider_that_could_not_be_made() -> None:
     one = listed("a", name="one")
-    away = Listed(name="away", origin="x:Y", health=Health("not_configured"))
+    away = InstalledProvider(name="away", origin="x:Y", health=Health("not_configured"))
     assert by_profile([one, away], {"a": ["away", "one"]}) == {"a": (one,)}
 
 
 def test_all_that_is_wrong_with_the_routes_is_told_at_once() -> None:
     one, other = listed("a", "b", name="one"), listed("b", "c", name="other")
-    away = Listed(name="away", origin="x:Y", health=Health("not_configured"))
+    away = InstalledProvider(name="away", origin="x:Y", health=Health("not_configured"))
     with pytest.raises(SettingsError) as wrong:
         by_profile([one, other, away], {"a": ["other", "nobody"], "d": ["away"]})
     assert wrong.value.problems == (
@@ -241,7 +241,7 @@ def test_two_providers_of_one_name_are_refused() -> None:
 
 def test_check_items_have_what_is_known_and_nothing_else() -> None:
     full = Health("degraded", "hm", models=("m",), endpoint="http://host/v1", latency_ms=1.234)
-    away = Listed(name="away", origin="x:Y", health=Health("not_configured", "AWAY_URL is not set"))
+    away = InstalledProvider(name="away", origin="x:Y", health=Health("not_configured", "AWAY_URL is not set"))
     items = check_all([listed("a", looks=lambda: full), listed("b"), away])
     times = [datetime.fromisoformat(item.pop("checked_at")) for item in items]
     assert items == [

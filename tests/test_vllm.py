@@ -65,7 +65,8 @@ from providers import (
 )
 from providers.conformance import ProviderConformance, closed_port, outcome_of
 from providers.exchange import MAX_ANSWER_BYTES
-from providers.vllm import VLLM
+from providers.settings import provider_settings
+from providers.vllm import VLLM, VLLMSettings
 
 SCHEMA = {
     "type": "object",
@@ -718,19 +719,18 @@ def test_check_of_a_silent_or_slow_server_is_unavailable_in_time() -> None:
 @pytest.mark.parametrize(
     ("base_url", "endpoint"),
     [
-        ("http://host:8000", "http://host:8000/v1"),
-        ("http://host:8000/", "http://host:8000/v1"),
-        ("http://host:8000/v1", "http://host:8000/v1"),
-        (" http://host:8000/v1/ ", "http://host:8000/v1"),
-        ("https://host/llm", "https://host/llm/v1"),
-        ("https://host/api/v3", "https://host/api/v3"),
-        ("http://me:p%40ss@host/v1", "http://host/v1"),
-        ("http://[::1]:8000", "http://[::1]:8000/v1"),
+        ("http://127.0.0.1:1", "http://127.0.0.1:1/v1"),
+        ("http://127.0.0.1:1/", "http://127.0.0.1:1/v1"),
+        ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1"),
+        (" http://127.0.0.1:1/v1/ ", "http://127.0.0.1:1/v1"),
+        ("https://127.0.0.1:1/llm", "https://127.0.0.1:1/llm/v1"),
+        ("https://127.0.0.1:1/api/v3", "https://127.0.0.1:1/api/v3"),
+        ("http://me:p%40ss@127.0.0.1:1/v1", "http://127.0.0.1:1/v1"),
+        ("http://[::1]:1", "http://[::1]:1/v1"),
     ],
 )
 def test_base_url_is_taken_with_and_without_its_version(base_url: str, endpoint: str) -> None:
-    with closed_port():
-        assert VLLM({"LLM_BASE_URL": base_url})._server.endpoint == endpoint
+    assert VLLM({"LLM_BASE_URL": base_url}).check().endpoint == endpoint
 
 
 @pytest.mark.parametrize("environ", [{}, {"LLM_BASE_URL": ""}, {"LLM_BASE_URL": "  ", "LLM_API_KEY": "k"}])
@@ -777,7 +777,7 @@ def test_user_info_is_sent_as_basic_authentication(server: FakeVLLM) -> None:
 
 
 def test_no_secret_in_repr(server: FakeVLLM) -> None:
-    assert "test-key" not in f"{provider_of(server)!r}{provider_of(server)._server!r}{job_with('payload')!r}"
+    assert "test-key" not in f"{provider_of(server)!r}{provider_settings(VLLMSettings, server.environ)!r}"
     assert "payload" not in repr(job_with("payload"))
 
 

@@ -66,7 +66,8 @@ from providers import (
 )
 from providers.audio import AUDIO_UNAVAILABLE
 from providers.conformance import ProviderConformance, closed_port, outcome_of, silent_server, timed
-from providers.whisperx import WhisperX
+from providers.settings import provider_settings
+from providers.whisperx import WhisperX, WhisperXSettings
 
 API, SERVICE, WEBSERVICE, OF_VLLM = "whisperx-api-server", "whisperx-asr-service", "whisper-asr-webservice", "whisper-vllm"
 KINDS = (API, SERVICE, WEBSERVICE, OF_VLLM)
@@ -401,23 +402,21 @@ def test_a_model_that_the_job_chose_is_the_jobs_own_fault(kind: str, case: str) 
 
 
 def test_a_refusal_before_the_whole_file_was_sent_is_understood(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, fake_whisperx() as describing:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def refuse_early() -> None:
-            connection, _ = listener.accept()
-            connection.recv(10_000)
-            connection.sendall(
-                b"HTTP/1.1 413 Too Large\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n" + b'{"detail":"big"}'
-            )
-            connection.close()
+        def answer_early() -> None:
+            # No description, and then no file.
+            for status, body in ((b"404 Not Found", b"{}"), (b"413 Too Large", b'{"detail":"big"}')):
+                connection, _ = listener.accept()
+                connection.recv(10_000)
+                head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+                connection.sendall(head % (status, len(body)) + body)
+                connection.close()
 
-        threading.Thread(target=refuse_early, daemon=True).start()
+        threading.Thread(target=answer_early, daemon=True).start()
         (tmp_path / "long.wav").write_bytes(silence(300))
-        provider = provider_of(describing, AUDIO_FOLDER=str(tmp_path))
-        provider.check()
-        moved = attrs.evolve(provider._settings, url=provider._settings.url._replace(port=listener.getsockname()[1]))
-        provider._settings = moved
-        provider._known = attrs.evolve(provider._known, looks_up=False)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        provider = WhisperX({"WHISPERX_URL": url, "WHISPERX_DIALECT": "asr", "AUDIO_FOLDER": str(tmp_path)})
         outcome = failure_of(provider, job_with({"audio_path": "long.wav"}))
     assert (class_of(outcome), outcome.category, outcome.message) == (FINAL, INVALID_INPUT, "the server answered 413: big")
 
@@ -622,8 +621,8 @@ def test_an_odd_description_breaks_nothing(description: Any) -> None:
 def test_an_address_may_have_a_path_and_the_version_at_its_end(server: FakeWhisperX) -> None:
     provider = WhisperX(server.environ | {"WHISPERX_URL": f"{server.base_url}/v1/"})
     assert isinstance(provider.run(job_with(AUDIO)), Result)
-    behind = WhisperX({"WHISPERX_URL": "https://host/speech/v1"})
-    assert behind._settings.endpoint == "https://host/speech"
+    behind = WhisperX({"WHISPERX_URL": "https://127.0.0.1:1/speech/v1"})
+    assert behind.check().endpoint == "https://127.0.0.1:1/speech"
 
 
 # ---------------------------------------------------------------- input
@@ -1031,9 +1030,10 @@ def test_the_model_of_the_settings_is_asked_for_unless_the_job_names_one() -> No
 
 
 def test_no_secret_in_repr(server: FakeWhisperX) -> None:
-    provider = WhisperX({"WHISPERX_URL": "http://me:hidden-password@host", "AUDIO_FOLDER": "/"})
-    assert "hidden" not in f"{provider!r}{provider._settings!r}{provider.check()!r}"
-    assert "test-key" not in f"{provider_of(server)!r}{provider_of(server)._settings!r}"
+    environ = {"WHISPERX_URL": "http://me:hidden-password@127.0.0.1:1", "AUDIO_FOLDER": "/"}
+    provider = WhisperX(environ)
+    assert "hidden" not in f"{provider!r}{provider_settings(WhisperXSettings, environ)!r}{provider.check()!r}"
+    assert "test-key" not in f"{provider_of(server)!r}{provider_settings(WhisperXSettings, server.environ)!r}"
 
 
 def test_trouble_where_the_audio_is_says_nothing_about_the_server(server: FakeWhisperX) -> None:

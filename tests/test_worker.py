@@ -32,7 +32,7 @@ from service import INHERITED, MAIN, Corner, Service, wait_until
 from ai_client import AIService, ClaimedJob, RawJSON, object_text
 from ai_internal.worker.spool import MAX_UNDELIVERED, Delivery, Outcome, Spool, SpoolFull, Watch
 from ai_internal.worker.worker import OVERDUE_SECONDS, STUCK_SECONDS, Running, Settings, Worker
-from providers import GROUP, Health, Job, Listed, Never, NotNow, Result, SettingsError, Unsupported
+from providers import GROUP, Health, InstalledProvider, Job, Never, NotNow, Result, SettingsError, Unsupported
 
 # ---------------------------------------------------------------- a worker in a thread
 
@@ -94,7 +94,7 @@ def worker_of(settings: Settings, *scripts: Script) -> Worker:
     """A worker whose one profile is served by these, in this order."""
     spool = Spool(settings.spool_dir, settings.url, settings.spool_max_bytes)
     spool.open()
-    route = tuple(Listed(name=script.name, origin="test:Script", provider=script) for script in scripts)
+    route = tuple(InstalledProvider(name=script.name, origin="test:Script", provider=script) for script in scripts)
     return Worker(settings, {scripts[0].model_profiles[0]: route}, spool)
 
 

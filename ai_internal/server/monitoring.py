@@ -35,7 +35,7 @@ class ProviderBoard:
         self._checked_at, self._checked = -1e9, "[]"
 
     @functools.cached_property
-    def installed(self) -> Sequence[providers.Listed]:
+    def installed(self) -> Sequence[providers.InstalledProvider]:
         """The installed providers, found when first asked for."""
         return providers.discover(self._environ)
 

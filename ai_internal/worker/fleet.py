@@ -35,7 +35,7 @@ from providers import (
     UNAUTHORIZED,
     UNAVAILABLE,
     Checks,
-    Listed,
+    InstalledProvider,
     NotCompleted,
     NotNow,
     Result,
@@ -162,7 +162,7 @@ class Circuit:
 class Turn:
     """One provider's turn at a job; `end` it with what came of it."""
 
-    listed: Listed
+    listed: InstalledProvider
     _fleet: "Fleet"
     _was_trial: bool
 
@@ -174,7 +174,7 @@ class Turn:
 class Fleet:
     """The providers of this worker, how they are, and which of them may be given jobs. Safe to use from several threads at once."""
 
-    def __init__(self, routes: Mapping[str, Sequence[Listed]], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, routes: Mapping[str, Sequence[InstalledProvider]], clock: Callable[[], float] = time.monotonic) -> None:
         """`routes` are the providers of each profile, the first choice first, as `by_profile` gives them."""
         self._routes = routes
         self._listed = list({one.name: one for route in routes.values() for one in route}.values())
@@ -246,16 +246,16 @@ class Fleet:
         with self._lock:
             return [self._reported(one) for one in self._listed]
 
-    def _reported(self, one: Listed) -> dict[str, Any]:
+    def _reported(self, one: InstalledProvider) -> dict[str, Any]:
         circuit, health = self._circuit(one), self._health.get(one.name, {})
         served = [profile for profile, route in self._routes.items() if one in route]
         detail = circuit.why or health.get("detail") or ""
         told = {"name": one.name, "status": health.get("status", "degraded"), "circuit": circuit.state(), "model_profiles": served}
         return {**told, "detail": redact(detail, one.secrets)[:200] or None}
 
-    def _circuit(self, one: Listed) -> Circuit:
+    def _circuit(self, one: InstalledProvider) -> Circuit:
         return self._circuits[one.name]
 
-    def _is_on_trial(self, route: Sequence[Listed]) -> bool:
+    def _is_on_trial(self, route: Sequence[InstalledProvider]) -> bool:
         states = {self._circuit(one).state() for one in route}
         return "half_open" in states and "closed" not in states

@@ -70,7 +70,7 @@ from providers import (
     MAX_NOTE_BYTES,
     TIMEOUT,
     UNAVAILABLE,
-    Listed,
+    InstalledProvider,
     Never,
     NotCompleted,
     NotNow,
@@ -259,7 +259,7 @@ class Running:
                 break
         return self._refused(refusals)
 
-    def _attempt(self, listed: Listed, job: providers.Job) -> Result | NotCompleted:
+    def _attempt(self, listed: InstalledProvider, job: providers.Job) -> Result | NotCompleted:
         try:
             assert listed.provider is not None, "only providers that were made are claimed for"
             result = listed.provider.run(job)
@@ -341,7 +341,7 @@ def _bounded(report: dict[str, Any]) -> dict[str, Any]:
 class Worker:
     """Claims, runs and reports until `stop`. `run` blocks; a second `stop` cuts the drain short."""
 
-    def __init__(self, settings: Settings, routes: Mapping[str, Sequence[Listed]], spool: Spool) -> None:
+    def __init__(self, settings: Settings, routes: Mapping[str, Sequence[InstalledProvider]], spool: Spool) -> None:
         self.worker_id = f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._settings, self._fleet, self._watch = settings, Fleet(routes), Watch()
         self._beat_seconds = min(settings.lease_seconds / 3, MAX_BEAT_SECONDS)
@@ -659,7 +659,9 @@ def _opened(spool: Spool, folder: Path) -> None:
         raise SettingsError([f"WORKER_SPOOL_DIR: {folder} cannot be used: {error.strerror or error}"]) from None
 
 
-def _routes(listed: Sequence[Listed], order: Mapping[str, Sequence[str]], *, may_be_none: bool) -> dict[str, tuple[Listed, ...]]:
+def _routes(
+    listed: Sequence[InstalledProvider], order: Mapping[str, Sequence[str]], *, may_be_none: bool
+) -> dict[str, tuple[InstalledProvider, ...]]:
     """The providers of each profile in their order. Raises SettingsError."""
     routes = providers.by_profile(listed, order)
     if not routes and not may_be_none:
@@ -667,7 +669,7 @@ def _routes(listed: Sequence[Listed], order: Mapping[str, Sequence[str]], *, may
     return routes
 
 
-def _why_absent(listed: Listed) -> str:
+def _why_absent(listed: InstalledProvider) -> str:
     return f"{listed.name}: {(listed.health and listed.health.detail) or 'serves no model profile'}"
 
 

@@ -13,7 +13,6 @@ A job's input is a text, or a list of texts. The result is `{"embeddings": [[…
 order. Usage: `prompt_tokens`, `total_tokens`, `model`; a failed attempt has what its requests came to. Progress: `{"done": 64, "of": 500}`.
 """
 
-import http.client
 import json
 import re
 import time
@@ -28,13 +27,9 @@ from urllib3.util import Url
 from providers import (
     CANCELLED,
     CONTEXT_LENGTH_EXCEEDED,
-    INTERNAL,
     INVALID_INPUT,
     INVALID_OUTPUT,
-    RATE_LIMITED,
     TIMEOUT,
-    UNAUTHORIZED,
-    UNAVAILABLE,
     Health,
     Job,
     Never,
@@ -45,11 +40,8 @@ from providers import (
     secrets_in,
     setting,
 )
-from providers.exchange import MAX_ERROR_BYTES, Exchange, retry_after, said
+from providers.exchange import CHECK_SECONDS, ErrorResponse, Exchange, outcome_by_status, read_error
 from providers.settings import authorization, declared, duration, header_word, profile_name, web_address, whole
-
-CHECK_SECONDS = 2.5
-"""Limit of a check, below the 3 s of the contract."""
 
 T = TypeVar("T")
 
@@ -136,8 +128,7 @@ class Embeddings:
             headers["Authorization"] = word
         response = exchange.send(method, path, headers, body)
         if response.status != 200:
-            text = said(response.read(MAX_ERROR_BYTES), response.headers.get("content-type", ""), self._secrets)
-            raise _refusal(response.status, text, retry_after(response))
+            raise _outcome(read_error(response, self._secrets))
         try:
             return msgspec.json.decode(b"".join(exchange.blocks(response)), type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -182,25 +173,8 @@ class _Answer(msgspec.Struct):
         return {name: count for name, count in counted.items() if count is not None}
 
 
-_REFUSED_UNREAD = {
-    401: UNAUTHORIZED,
-    403: UNAUTHORIZED,
-    404: UNAVAILABLE,
-    405: UNAVAILABLE,
-    408: TIMEOUT,
-    429: RATE_LIMITED,
-    503: UNAVAILABLE,
-}
-"""The statuses that say nothing about the input, because the server has done no work for it."""
-
-
-def _refusal(status: int, text: str, retry_in_seconds: float | None) -> NotNow | Never:
-    """The outcome for a status other than 200 and what the server says about it."""
-    message = f"the server answered {status}: {text or http.client.responses.get(status, 'no reason given')}"
+def _outcome(error: ErrorResponse) -> NotNow | Never:
     # llama.cpp says the first with status 500, vLLM and Ollama say the second with 400.
-    if re.search(r"too large to process|context length", text):
-        return Never(CONTEXT_LENGTH_EXCEEDED, message)
-    if status < 400 or status in _REFUSED_UNREAD:
-        category = _REFUSED_UNREAD.get(status, UNAVAILABLE)
-        return NotNow(category, message, retry_in_seconds=retry_in_seconds, burns_attempt=False)
-    return Never(INVALID_INPUT, message) if status < 500 else NotNow(INTERNAL, message, retry_in_seconds=retry_in_seconds)
+    if re.search(r"too large to process|context length", error.text):
+        return Never(CONTEXT_LENGTH_EXCEEDED, error.message)
+    return outcome_by_status(error, {401: "EMBEDDINGS_KEY", 404: "EMBEDDINGS_URL and EMBEDDINGS_MODEL"})

@@ -170,7 +170,7 @@ def test_a_model_that_the_server_does_not_list_is_degraded(server: FakeServer) -
 
 def test_a_wrong_key_is_told_without_the_key(server: FakeServer) -> None:
     health = Embeddings({**server.environ, "EMBEDDINGS_KEY": "another-key"}).check()
-    assert (health.status, health.detail) == ("unavailable", "the server answered 401: wrong key Bearer [secret]")
+    assert (health.status, health.detail) == ("unavailable", "the server answered 401: wrong key Bearer [secret] (look at EMBEDDINGS_KEY)")
 
 
 def test_a_key_beside_user_info_is_refused() -> None:
