@@ -25,12 +25,12 @@ class Member(EmbeddedServer):
 
     def crash(self) -> None:
         """SIGKILL for the server and all that it started, as when its machine dies."""
-        pids = [int((self._folder / "data" / "postmaster.pid").read_text().split()[0])]
+        pids = [int((self.folder / "data" / "postmaster.pid").read_text().split()[0])]
         pids += map(int, Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text().split())
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        (self._folder / "data" / "postmaster.pid").unlink()
+        (self.folder / "data" / "postmaster.pid").unlink()
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="the end of all its processes")
 
     def promote(self) -> None:
@@ -40,7 +40,7 @@ class Member(EmbeddedServer):
     def follow(self, primary: Member) -> None:
         """Starts as a new copy of this primary, whatever it was before."""
         self._primary = primary
-        shutil.rmtree(self._folder / "data")
+        shutil.rmtree(self.folder / "data")
         self._copy()
         self.start()
 
@@ -62,7 +62,7 @@ class Member(EmbeddedServer):
         if self._primary is None:
             super()._create()
             return
-        self._give_away(self._folder)
+        self.give_away(self.folder)
         self._programs = self._reachable_programs()
         self._copy()
 
@@ -70,7 +70,7 @@ class Member(EmbeddedServer):
         assert self._primary is not None
         source = f"host=127.0.0.1 port={self._primary.port} user=postgres"
         self._run("pg_basebackup", "-d", source, "-D", "data", "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
-        with (self._folder / "data" / "postgresql.conf").open("a") as file:
+        with (self.folder / "data" / "postgresql.conf").open("a") as file:
             file.write(f"port={self.port}\n")
 
 

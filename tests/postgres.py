@@ -87,9 +87,9 @@ class EmbeddedServer:
     """
 
     def __init__(self, settings: tuple[str, ...] = ()) -> None:
-        self._settings = settings
+        self.settings = settings
         self._account = "nobody" if os.geteuid() == 0 else None
-        self._folder = Path(tempfile.mkdtemp(prefix="ai-service-tests-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="ai-service-tests-"))
         self.port = free_port()
         self.url = f"postgresql://plain:{PASSWORD}@127.0.0.1:{self.port}/tests"
 
@@ -101,9 +101,9 @@ class EmbeddedServer:
             self.start()
             yield self
         finally:
-            if (self._folder / "data" / "postmaster.pid").exists():
+            if (self.folder / "data" / "postmaster.pid").exists():
                 self.stop("immediate")
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self.folder)
 
     def start(self) -> None:
         """Start on the same port as before; returns when it accepts connections."""
@@ -114,17 +114,17 @@ class EmbeddedServer:
         self._run("pg_ctl", "-w", "-t", "60", "-D", "data", "-m", mode, "stop")
 
     def _create(self) -> None:
-        self._give_away(self._folder)
+        self.give_away(self.folder)
         self._programs = self._reachable_programs()
         self._run("initdb", "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "-D", "data")
-        lines = (f"port={self.port}", "listen_addresses='127.0.0.1'", "unix_socket_directories=''", "max_connections=200", *self._settings)
-        with (self._folder / "data" / "postgresql.conf").open("a") as file:
+        lines = (f"port={self.port}", "listen_addresses='127.0.0.1'", "unix_socket_directories=''", "max_connections=200", *self.settings)
+        with (self.folder / "data" / "postgresql.conf").open("a") as file:
             file.write("\n".join(lines) + "\n")
         # In single-user mode, before anything listens: the tests' role owns a database and is no superuser.
         single = ("postgres", "--single", "-D", "data", "postgres")
         self._run(*single, typed="create role plain login\ncreate database tests owner plain\n")
 
-    def _give_away(self, path: Path) -> None:
+    def give_away(self, path: Path) -> None:
         if self._account is not None:
             account = pwd.getpwnam(self._account)
             os.chown(path, account.pw_uid, account.pw_gid)
@@ -134,7 +134,7 @@ class EmbeddedServer:
         with tempfile.TemporaryFile("w+") as output:
             done = subprocess.run(
                 [str(self._program(program)), *arguments],
-                cwd=self._folder,
+                cwd=self.folder,
                 input=typed,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -158,7 +158,7 @@ class EmbeddedServer:
         if self._account is None:
             return programs
         account = pwd.getpwnam(self._account)
-        return embedded._executable_by(embedded._Account(account.pw_uid, account.pw_gid), programs, self._folder)
+        return embedded._executable_by(embedded._Account(account.pw_uid, account.pw_gid), programs, self.folder)
 
     def _identity(self) -> dict[str, Any]:
         if self._account is None:

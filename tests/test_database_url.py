@@ -212,10 +212,10 @@ class NativeServer(EmbeddedServer):
 
 def put(server: EmbeddedServer, name: str, content: str) -> str:
     """A file in the folder of the server that it alone may read; gives its path."""
-    path = server._folder / name
+    path = server.folder / name
     path.write_text(content)
     path.chmod(0o600)
-    server._give_away(path)
+    server.give_away(path)
     return str(path)
 
 
@@ -275,11 +275,11 @@ def native_tls(certificates: Path) -> Iterator[int]:
     server = NativeServer()
     settings = {f"ssl_{name}_file": put(server, name, (certificates / file).read_text()) for name, file in SERVER_FILES.items()}
     # Only now, because the files lie in the folder that the server has.
-    server._settings = ("fsync=off", "ssl=on", *(f"{name}='{path}'" for name, path in settings.items()))
+    server.settings = ("fsync=off", "ssl=on", *(f"{name}='{path}'" for name, path in settings.items()))
     with server.running():
         with closing(Connection("postgres", port=server.port, database="postgres", timeout=30)) as connection:
             connection.run(ROLES)
-        (server._folder / "data" / "pg_hba.conf").write_text(HBA)
+        (server.folder / "data" / "pg_hba.conf").write_text(HBA)
         server.stop()
         server.start()
         yield server.port

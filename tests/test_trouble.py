@@ -162,7 +162,7 @@ class CrampedServer(EmbeddedServer):
     def _create(self) -> None:
         super()._create()
         if self._what == "log":
-            log = self._folder / "data" / "pg_wal"
+            log = self.folder / "data" / "pg_wal"
             subprocess.run(["cp", "-a", str(log), str(self._room)], check=True)
             shutil.rmtree(log)
             log.symlink_to(self._room / "pg_wal")
@@ -190,7 +190,7 @@ class CrampedServer(EmbeddedServer):
             self.start()
 
     def _has_ended(self) -> bool:
-        return not (self._folder / "data" / "postmaster.pid").exists()
+        return not (self.folder / "data" / "postmaster.pid").exists()
 
     def _answers(self) -> bool:
         try:
