@@ -362,10 +362,9 @@ class Schemas:
 
     def properties(self, kind: type[Any]) -> dict[str, Schema]:
         """The fields of a class by the names they have in JSON."""
-        fields = sorted(attrs.fields(kind), key=lambda field: field.name != "id")
         return {
             field.name.rstrip("_"): {**self.of(sendable(field)), **_word(kind, field.name), **_default(field), **field.metadata}
-            for field in fields
+            for field in attrs.fields(kind)
         }
 
     def _object(self, kind: type[Any]) -> Schema:

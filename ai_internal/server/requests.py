@@ -233,7 +233,7 @@ class Check:
     @property
     def native(self) -> Any:
         """The same as a type of msgspec's; None for what it cannot say."""
-        if "format" in self.schema:
+        if "format" in self.schema or "additionalProperties" in self.schema:
             return None
         if "enum" in self.schema:
             return Literal[tuple(self.schema["enum"])]
@@ -337,7 +337,7 @@ class Alternatives:
         fields = fields_of(raw)
         listed = {name: _listed(each) if _is_list(self.kind, name) else each for name, each in fields.items()}
         wanted = read_raw(msgspec.json.encode(listed), self.kind)
-        if all(bytes(each).strip(b"[] \t\r\n") in (b"", b"null") for each in listed.values()):
+        if all(bytes(each).strip(b"[]{} \t\r\n") in (b"", b"null") for each in listed.values()):
             raise ValueError("must not be empty")
         return wanted
 
@@ -398,7 +398,12 @@ class NewJob:
 JobDefaults: Any = attrs.make_class(
     "JobDefaults",
     {
-        field.name: attrs.field(type=cast(Any, field.type) | None, default=_default_of(field))
+        field.name: _field_like(field, type=cast(Any, field.type) | None, default=_default_of(field))
+def _field_like(field: "attrs.Attribute[Any]", **changed: Any) -> Any:
+    same = {name: getattr(field, name) for name in ("type", "default", "converter", "metadata")}
+    return attrs.field(**same | changed)
+
+
         for field in attrs.fields(NewJob)
         if field.name not in ("owner_ref", "idempotency_key")
     },
@@ -737,19 +742,27 @@ class Reader(Generic[T]):
 
     def __init__(self, kind: type[T]) -> None:
         self._kind = kind
-        fields = [(field.name, sendable(field)) for field in attrs.fields(cast(Any, kind))]
-        self._hooks = [
-            (name, each, _converter.get_structure_hook(each)) for name, each in fields if each is RawJson or _native(each) is None
-        ]
-        self._decode = msgspec.json.Decoder(_struct(kind)).decode
+        kinds = [sendable(field) for field in attrs.fields(cast(Any, kind))]
+        left = [(position, each) for position, each in enumerate(kinds) if each is RawJson or _native(each) is None]
+        self._hooks = [(position, each, _converter.get_structure_hook(each)) for position, each in left]
+        struct = _struct(kind)
+        self._decode = msgspec.json.Decoder(struct).decode
+        self._decode_list = msgspec.json.Decoder(list[struct]).decode  # type: ignore[valid-type]
 
     def read(self, raw: msgspec.Raw | bytes) -> T:
         """The request. Raises one of `UNCLEAR`."""
-        values = msgspec.structs.asdict(self._decode(raw))
-        for name, kind, hook in self._hooks:
-            if isinstance(values[name], msgspec.Raw):
-                values[name] = hook(values[name], kind)
-        return self._kind(**values)
+        return self._made(self._decode(raw))
+
+    def read_list(self, texts: Sequence[msgspec.Raw | bytes]) -> list[T]:
+        """Many requests at once: half the time that it takes one by one. Raises one of `UNCLEAR`."""
+        return list(map(self._made, self._decode_list(b"[%b]" % b",".join(texts))))
+
+    def _made(self, struct: msgspec.Struct) -> T:
+        values = list(msgspec.structs.astuple(struct))
+        for position, kind, hook in self._hooks:
+            if isinstance(values[position], msgspec.Raw):
+                values[position] = hook(values[position], kind)
+        return self._kind(*values)
 
 
 def _struct(kind: Any) -> type[msgspec.Struct]:
@@ -852,6 +865,21 @@ def item_fields(item: msgspec.Raw | bytes, at: str) -> dict[str, msgspec.Raw]:
     except ValueError as error:
         raise ValidationFailed(errors=problems_of(at, error)) from None
 
+def read_each(texts: Sequence[msgspec.Raw | bytes], kind: type[T]) -> list[T | Refusal]:
+    """The objects in `/jobs` as `kind`; in the place of one that is wrong stands its refusal."""
+    try:
+        return list(reader_of(kind).read_list(texts))
+    except UNCLEAR:
+        return [_read_or_refuse(text, kind, f"/jobs/{position}") for position, text in enumerate(texts)]
+
+
+def _read_or_refuse(raw: msgspec.Raw | bytes, kind: type[T], at: str) -> T | Refusal:
+    try:
+        return read_one(raw, kind, at)
+    except Refusal as refusal:
+        return refusal
+
+
 
 def raise_all(refusals: Sequence[Refusal]) -> None:
     """Raises what is wrong with a body as one refusal; nothing where nothing is."""
@@ -889,15 +917,9 @@ class BatchBody:
                 defaults = msgspec.json.encode(fields_of(beside["defaults"]))
         except Refusal as refusal:
             raise_all([*refusals, refusal])
-        jobs = [self._read_job(item, defaults, f"/jobs/{position}") for position, item in enumerate(items)]
+        jobs = read_each([_overlaid(bytes(item), defaults) for item in items], NewJob)
         raise_all([*refusals, *(job for job in jobs if isinstance(job, Refusal))])
         return cast(list[NewJob], jobs)
-
-    def _read_job(self, item: msgspec.Raw, defaults: bytes, at: str) -> NewJob | Refusal:
-        try:
-            return read_one(_overlaid(bytes(item), defaults), NewJob, at)
-        except Refusal as refusal:
-            return refusal
 
 
 def _overlaid(item: bytes, defaults: bytes) -> bytes:
@@ -920,7 +942,8 @@ class BulkBody:
     """A body of many items, each by itself: a `kind` with the `id` of its job. Beside them stand the fields of `beside`."""
 
     def __init__(self, kind: type[Any], beside: type[Any] = Nothing) -> None:
-        self.item = attrs.make_class(f"{kind.__name__}Item", {"id": attrs.field(type=ItemId, kw_only=True)}, bases=(kind,), frozen=True)
+        fields = {field.name: _field_like(field) for field in attrs.fields(kind)}
+        self.item = attrs.make_class(f"{kind.__name__}Item", {"id": attrs.field(type=cast(Any, ItemId)), **fields}, frozen=True)
         self.kind, self.beside = kind, beside
 
     def read(self, body: bytes) -> Items:
@@ -929,14 +952,12 @@ class BulkBody:
         items, fields, refusals = read_items(body, MAX_ITEMS, names)
         raise_all(refusals)
         beside = read_fields(fields, self.beside)
-        return Items([self._read_item(item, f"/jobs/{position}") for position, item in enumerate(items)], beside)
+        return Items([self._entry(item, asked) for item, asked in zip(items, read_each(items, self.item), strict=True)], beside)
 
-    def _read_item(self, item: msgspec.Raw, at: str) -> tuple[str | None, Any]:
-        try:
-            asked: Any = read_one(item, self.item, at)
-            return known_id(asked.id), asked
-        except Refusal as refusal:
-            return _id_of(item), refusal
+    def _entry(self, item: msgspec.Raw, asked: Any) -> tuple[str | None, Any]:
+        if isinstance(asked, Refusal):
+            return _id_of(item), asked
+        return (asked.id.lower(), asked) if UUID.fullmatch(asked.id) else (asked.id, JobNotFound())
 
 
 def _id_of(item: msgspec.Raw) -> str | None:

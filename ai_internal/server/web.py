@@ -135,8 +135,10 @@ class Route:
             setattr(self, f"on_{method.lower()}", self._responding(operation, responder))
 
     def _responding(self, operation: Operation, responder: Callable[[Call], None]) -> Callable[..., None]:
+        without_any = read_query({}, operation.query)
+
         def respond(request: falcon.Request, response: falcon.Response, job_id: str | None = None) -> None:
-            query = read_query(request.params, operation.query)
+            query = read_query(request.params, operation.query) if request.params else without_any
             body = operation.request and operation.request.read(self._body(request))
             call = Call(operation, request, response, query, body)
             if job_id is not None:
