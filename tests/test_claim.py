@@ -524,7 +524,7 @@ def test_a_late_result_is_refused_once_another_worker_had_the_job_even_if_it_gav
     assert corner.look(job)["status"] == "pending"
 
 
-def test_a_late_result_of_a_job_cancelled_meanwhile_is_told_so(corner: Corner, sql: Sql) -> None:
+def test_a_late_result_of_a_cancelled_job_is_answered_job_cancelled(corner: Corner, sql: Sql) -> None:
     job = corner.take()
     run_out(sql, job)
     wait_until(lambda: corner.look(job)["status"] == "pending", 15, "the return of a job whose lease ran out")

@@ -56,7 +56,7 @@ def test_a_result_whose_answer_was_lost_is_repeated(corner: Corner) -> None:
     assert corner.api.post(f"{JOBS}/{job['id']}/complete", body).json["result"] == "whole"
 
 
-def test_a_caller_that_hung_up_while_waiting_is_given_no_job(corner: Corner) -> None:
+def test_a_caller_that_hung_up_while_waiting_gets_no_job(corner: Corner) -> None:
     for _ in range(3):
         with corner.api.unread(f"{JOBS}/claim", corner.claiming(wait_seconds=30)):
             assert corner.look(corner.create(task_type="other", model_profile="other"), wait_seconds=1)["status"] == "pending"

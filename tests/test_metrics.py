@@ -183,7 +183,7 @@ def test_workers_and_what_they_report_of_their_providers(metered: Service) -> No
     assert figure(metered, "worker_providers", provider="vllm", status="ok", circuit="open") == 1
 
 
-def test_without_the_database_the_process_still_tells_of_itself() -> None:
+def test_without_the_database_the_metrics_of_the_process_remain() -> None:
     with closed_port() as nobody, running_service(nobody.replace("http://", "postgresql://nobody@") + "/none", "tests_none") as service:
         found = figures(service)
     assert found["ai_service_database_up", frozenset()] == 0
@@ -246,7 +246,7 @@ def test_a_report_that_python_cannot_read_spoils_no_scrape(metered: Service) -> 
     assert after == [before[0] + 3, before[1] + 3]
 
 
-def test_what_the_server_refuses_itself_is_counted(metered: Service) -> None:
+def test_requests_that_the_server_itself_rejects_are_counted(metered: Service) -> None:
     before = total(metered, "problems_total", code="malformed_request")
     metered.api.raw(b"rubbish\r\n\r\n")
     assert total(metered, "problems_total", code="malformed_request") == before + 1

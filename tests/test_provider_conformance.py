@@ -41,7 +41,7 @@ def caught_by(suite: ProviderConformance) -> list[str]:
 
 
 @pytest.mark.parametrize(("misbehaves", "check"), ROWS, ids=[misbehaves.__name__ for misbehaves, _ in ROWS])
-def test_what_is_wrong_with_a_provider_fails_its_own_test_and_no_other(misbehaves: type[Well], check: str) -> None:
+def test_each_fault_of_a_provider_fails_its_own_test_and_no_other(misbehaves: type[Well], check: str) -> None:
     suite = OfWell()
     suite.misbehaves = misbehaves
     assert caught_by(suite) == [check]
@@ -58,7 +58,7 @@ def test_a_provider_that_serves_no_profile_is_caught() -> None:
         suite.test_it_has_a_name_and_profiles()
 
 
-def test_every_check_has_its_limit() -> None:
+def test_a_check_that_takes_too_long_fails() -> None:
     suite, ever = OfWell(), threading.Event()
     suite.misbehaves = type("ChecksLong", (Well,), {"check": lambda self: ever.wait(10) and Well.check(self)})
     suite.check_seconds = 0.05
@@ -79,7 +79,7 @@ def test_a_secret_that_no_environment_sets_is_not_taken_for_hidden() -> None:
     ("left_out", "skipped"),
     [("unreachable", 2), ("hanging", 3), ("bad_input", 1), ("unsupported_input", 1)],
 )
-def test_what_a_suite_leaves_out_is_skipped_and_nothing_else(left_out: str, skipped: int) -> None:
+def test_tests_without_their_server_or_input_are_skipped_and_no_others(left_out: str, skipped: int) -> None:
     suite = OfWell()
     setattr(suite, left_out, None)
     assert [str(ending) for ending in endings(suite).values()] == [f"nothing is declared as {left_out}"] * skipped
@@ -91,7 +91,7 @@ def test_a_suite_without_other_inputs_still_runs_jobs_side_by_side() -> None:
     assert caught_by(suite) == ["test_runs_go_side_by_side_and_do_not_mix"]
 
 
-def test_other_inputs_whose_results_are_alike_are_refused() -> None:
+def test_other_inputs_with_equal_results_are_rejected() -> None:
     suite = OfWell()
     suite.other_inputs = ("other", "other")
     with pytest.raises(AssertionError, match="need results that differ"):

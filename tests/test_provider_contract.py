@@ -59,13 +59,13 @@ def test_the_description_names_the_entry_point_group() -> None:
 # ---------------------------------------------------------------- outcomes and job
 
 
-def test_not_now_burns_an_attempt_unless_told_otherwise() -> None:
+def test_not_now_burns_an_attempt_by_default() -> None:
     outcome = NotNow("timeout", "too slow")
     assert (outcome.burns_attempt, outcome.retry_in_seconds, outcome.usage) == (True, None, None)
     assert (str(outcome), outcome.category, outcome.message) == ("timeout: too slow", "timeout", "too slow")
 
 
-def test_the_outcomes_are_not_completed_and_none_is_another() -> None:
+def test_outcomes_are_distinct_kinds_of_not_completed() -> None:
     kinds = (NotNow, Never, Unsupported)
     assert all(issubclass(kind, NotCompleted) for kind in kinds)
     assert not any(issubclass(one, other) for one in kinds for other in kinds if one is not other)
@@ -85,7 +85,7 @@ def test_every_category_is_described() -> None:
 
 
 @pytest.mark.parametrize("category", ["", "Timeout", "1st", "a b", "a" * 65, "x\n"])
-def test_a_category_the_queue_would_refuse_is_refused_here(category: str) -> None:
+def test_a_category_that_the_queue_rejects_is_rejected_here(category: str) -> None:
     with pytest.raises(ValueError, match="a category is"):
         Never(category, "message")
 
@@ -99,7 +99,7 @@ def test_a_job_does_not_show_its_input() -> None:
     assert "payload" not in repr(Result("payload"))
 
 
-def test_a_jobs_time_left_never_goes_below_zero() -> None:
+def test_the_time_left_of_a_job_is_never_negative() -> None:
     assert a_job().seconds_left() is None
     assert a_job(deadline=time.monotonic() - 5).seconds_left() == 0
     assert 4 < (a_job(deadline=time.monotonic() + 5).seconds_left() or 0) <= 5
@@ -111,7 +111,7 @@ def test_jobs_do_not_share_their_cancellation() -> None:
     assert not other.cancelled.is_set()
 
 
-def test_a_run_is_allowed_its_limit_or_what_is_left_and_nothing_when_it_is_too_late() -> None:
+def test_a_run_may_take_its_limit_or_the_time_left_and_none_after_the_deadline() -> None:
     assert a_job().seconds_allowed(60) == 60
     assert 5 < a_job(deadline=time.monotonic() + 10).seconds_allowed(60) <= 10
     cancelled = threading.Event()
@@ -122,7 +122,7 @@ def test_a_run_is_allowed_its_limit_or_what_is_left_and_nothing_when_it_is_too_l
         assert (late.value.category, late.value.burns_attempt) == (category, False)
 
 
-def test_slips_in_an_outcome_or_in_health_break_nothing_further_on() -> None:
+def test_wrong_types_in_an_outcome_or_in_health_are_converted() -> None:
     assert Never("invalid_input", ValueError("no audio")).message == "no audio"  # type: ignore[arg-type]
     assert NotNow("unavailable", "later", retry_in_seconds="30").retry_in_seconds == 30  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="soon"):

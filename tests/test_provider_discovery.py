@@ -206,19 +206,19 @@ def test_a_provider_may_name_a_profile_twice() -> None:
     assert by_profile([one]) == {"a": (one,)}
 
 
-def test_an_order_says_who_runs_a_profile_and_in_which_turn() -> None:
+def test_an_order_names_the_providers_of_a_profile_by_turn() -> None:
     one, other, third = listed("a", "b", name="one"), listed("a", "b", name="other"), listed("a", name="third")
     routes = by_profile([one, other, third], {"a": ["third", "one"], "b": ["other"]})
     assert routes == {"a": (third, one), "b": (other,)}
 
 
-def test_an_order_passes_over_a_provider_that_could_not_be_made() -> None:
+def test_an_order_skips_a_provider_that_is_unavailable() -> None:
     one = listed("a", name="one")
     away = InstalledProvider(name="away", origin="x:Y", health=Health("not_configured"))
     assert by_profile([one, away], {"a": ["away", "one"]}) == {"a": (one,)}
 
 
-def test_all_that_is_wrong_with_the_routes_is_told_at_once() -> None:
+def test_all_problems_of_the_routes_are_reported_at_once() -> None:
     one, other = listed("a", "b", name="one"), listed("b", "c", name="other")
     away = InstalledProvider(name="away", origin="x:Y", health=Health("not_configured"))
     with pytest.raises(SettingsError) as wrong:
@@ -231,7 +231,7 @@ def test_all_that_is_wrong_with_the_routes_is_told_at_once() -> None:
     )
 
 
-def test_two_providers_of_one_name_are_refused() -> None:
+def test_two_providers_with_one_name_are_rejected() -> None:
     with pytest.raises(SettingsError, match="same is the name of several providers"):
         by_profile([listed("a", name="same"), listed("b", name="same")])
 
@@ -264,7 +264,7 @@ def test_checked_at_is_utc_with_a_z() -> None:
     assert check_all([listed("a")])[0]["checked_at"].endswith("Z")
 
 
-def test_checks_run_side_by_side_and_one_that_hangs_is_given_up() -> None:
+def test_checks_run_concurrently_and_one_that_hangs_times_out() -> None:
     together, ever = threading.Barrier(2, timeout=5), threading.Event()
 
     def meets() -> Health:
@@ -279,7 +279,7 @@ def test_checks_run_side_by_side_and_one_that_hangs_is_given_up() -> None:
     assert items[0]["detail"] == "did not answer within 0.5 s"
 
 
-def test_a_check_that_raises_is_a_finding() -> None:
+def test_a_check_that_raises_is_reported_as_unavailable() -> None:
     def breaks() -> Health:
         raise RuntimeError("http://me:pw@host/ refused hidden-value")
 
@@ -287,6 +287,6 @@ def test_a_check_that_raises_is_a_finding() -> None:
     assert (item["status"], item["detail"]) == ("unavailable", "its check failed with RuntimeError: http://host/ refused [secret]")
 
 
-def test_a_check_that_returns_something_else_is_a_finding() -> None:
+def test_a_check_that_returns_no_health_is_reported_as_unavailable() -> None:
     item = check_all([listed("a", looks=lambda: "ok")])[0]
     assert (item["status"], item["detail"]) == ("unavailable", "its check returned str, not Health")

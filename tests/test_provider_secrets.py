@@ -22,7 +22,7 @@ from providers.settings import (
 )
 
 
-def test_settings_are_shown_with_what_counts_and_without_secrets() -> None:
+def test_settings_are_shown_with_their_effective_values_and_without_secrets() -> None:
     assert shown_settings(Sample, {}) == {
         "SAMPLE_URL": "(not set)",
         "SAMPLE_OWNER": "(not set)",
@@ -99,7 +99,7 @@ def test_secrets_come_longest_first_so_that_none_hides_in_another() -> None:
     assert redact("abcdef-and-more, abcdef", found) == "[secret], [secret]"
 
 
-def test_what_is_too_short_to_be_a_secret_is_left_in_texts() -> None:
+def test_a_value_too_short_for_a_secret_is_not_redacted() -> None:
     assert all(len(form) >= SHORTEST_SECRET for form in secrets_in({"A_KEY": "a", "SAMPLE_URL": "http://a:b@host"}))
     assert redact("a cat", secrets_in({"A_KEY": "cat"})) == "a cat"
 

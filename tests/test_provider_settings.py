@@ -78,7 +78,7 @@ def test_no_setting_shows_in_repr_for_an_address_may_hold_a_password() -> None:
     assert "pass-word" not in shown
 
 
-def test_all_wrong_settings_are_told_at_once_in_their_order() -> None:
+def test_all_wrong_settings_are_reported_at_once_in_their_order() -> None:
     with pytest.raises(SettingsError) as wrong:
         read_settings(Sample, {"SAMPLE_URL": "host", "SAMPLE_PIN": "two words", "SAMPLE_WAIT": "1h", "SAMPLE_MOST": "11"})
     assert wrong.value.problems == (
@@ -90,26 +90,26 @@ def test_all_wrong_settings_are_told_at_once_in_their_order() -> None:
     )
 
 
-def test_a_reader_may_have_several_things_to_say() -> None:
+def test_a_reader_may_report_several_problems() -> None:
     kind = attrs.make_class("Kind", {"both": setting("SAMPLE_BOTH", "two things", read=raises_two)})
     with pytest.raises(SettingsError) as wrong:
         read_settings(kind, {"SAMPLE_BOTH": "x"})
     assert wrong.value.problems == ("SAMPLE_BOTH: one thing is wrong", "SAMPLE_BOTH: so is another")
 
 
-def test_what_is_absent_is_not_configured_and_the_hint_says_what_to_do() -> None:
+def test_a_missing_setting_is_not_configured_and_its_hint_is_reported() -> None:
     with pytest.raises(NotConfigured) as absent:
         provider_settings(Sample, {"SAMPLE_MOST": "wrong"})
     assert str(absent.value) == "SAMPLE_URL is not set; look into the manual; SAMPLE_OWNER is not set"
 
 
-def test_what_is_there_and_wrong_is_a_settings_error() -> None:
+def test_a_wrong_setting_is_a_settings_error() -> None:
     with pytest.raises(SettingsError, match=r"^SAMPLE_MOST: must be"):
         provider_settings(Sample, {**SAMPLE, "SAMPLE_MOST": "wrong"})
     assert provider_settings(Sample, SAMPLE).most == 4
 
 
-def test_settings_that_contradict_each_other_are_told_once_each_is_right() -> None:
+def test_contradicting_settings_are_reported_once_each_is_valid() -> None:
     at_odds = {**SAMPLE, "SAMPLE_OWNER": "nobody", "SAMPLE_PIN": "1234"}
     with pytest.raises(SettingsError) as wrong:
         read_settings(Sample, at_odds)
@@ -125,7 +125,7 @@ def test_settings_errors_hold_every_problem() -> None:
 
 
 @given(st.dictionaries(st.sampled_from([one.name for one in declared(Sample)]), st.text(max_size=20)))
-def test_any_environment_is_read_or_refused_with_sentences_that_name_the_setting(environ: dict[str, str]) -> None:
+def test_any_environment_is_read_or_rejected_with_the_name_of_the_setting(environ: dict[str, str]) -> None:
     problems: tuple[str, ...] = ()
     try:
         read_settings(Sample, environ)
@@ -162,7 +162,7 @@ def test_durations_are_read(text: str, seconds: float) -> None:
     "text",
     ["", " ", "m5", "5 m", "5M", "-5", "5m1h", "1h30", "1e3", "nan", "inf", "forever", "5ms", "٥m", "5m\n5m", "1_0", ".5", "9" * 400],
 )
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_text_that_is_no_duration_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="duration"):
         parse_duration(text)
 
@@ -185,7 +185,7 @@ def test_durations_have_bounds_that_belong_to_them(text: str, fits: bool) -> Non
 
 
 @pytest.mark.parametrize("text", ["0", "25h"])
-def test_a_duration_is_more_than_nothing_and_at_most_a_day_unless_told_otherwise(text: str) -> None:
+def test_a_duration_is_positive_and_at_most_a_day_by_default(text: str) -> None:
     with pytest.raises(ValueError, match=r"must be from 0\.001 to 86400 seconds"):
         duration()(text)
 
@@ -201,13 +201,13 @@ def test_flags_that_are_not_set(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["perhaps", "2", "", "y", "none"])
-def test_what_is_no_flag_is_refused(text: str) -> None:
+def test_text_that_is_no_flag_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="must be true or false"):
         flag(text)
 
 
 @given(st.integers(0, 10**20), st.integers(0, 1000), st.integers(0, 1000))
-def test_a_whole_number_is_read_within_its_bounds_and_refused_outside(number: int, low: int, width: int) -> None:
+def test_a_whole_number_is_read_within_its_bounds_and_rejected_outside(number: int, low: int, width: int) -> None:
     reader, high = whole(low, low + width), low + width
     with contextlib.nullcontext() if low <= number <= high else pytest.raises(ValueError, match=f"from {low} to {high}$"):
         assert reader(str(number)) == number
@@ -219,7 +219,7 @@ def test_a_whole_number_may_be_long() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "+1", "1.0", "1e1", "0x1", "1_0", "١", "1 ", "1\n", "9" * 5_000])
-def test_what_is_no_whole_number_is_refused(text: str) -> None:
+def test_text_that_is_no_whole_number_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="must be a whole number from 0 to 99"):
         whole(0, 99)(text)
 
@@ -230,7 +230,7 @@ def test_a_key_may_hold_all_that_a_header_can(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "two words", "line\nbreak", "line\n", "tab\t", "ключ", "nul\0"])
-def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(text: str) -> None:
+def test_a_key_that_no_header_can_hold_is_rejected_and_not_shown(text: str) -> None:
     with pytest.raises(ValueError, match=r"^must be printable ASCII without spaces$"):
         header_word(text)
 
@@ -241,7 +241,7 @@ def test_a_profile_name_is_what_the_service_takes(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "two words", "a" * 101, "a,b", "a;b", "a=b", "профиль", "a\n"])
-def test_what_is_no_profile_name_is_refused(text: str) -> None:
+def test_text_that_is_no_profile_name_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="must be 1 to 100 letters"):
         profile_name(text)
 
@@ -273,7 +273,7 @@ def test_pairs_may_be_separated_by_something_else() -> None:
         ("a=1,a=2", "'a' is named twice"),
     ],
 )
-def test_what_are_no_pairs_is_refused(text: str, problem: str) -> None:
+def test_text_that_is_no_list_of_pairs_is_rejected(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
         pairs(text)
 
@@ -304,13 +304,13 @@ def test_addresses_are_read_without_a_closing_slash(text: str, read: str) -> Non
     "text",
     ["host", "host:80", "/v1", "ftp://host", "http://", "http:///v1", "http://host:port", "http://host?a=1", "http://host/#a", "//h"],
 )
-def test_what_is_no_address_is_refused(text: str) -> None:
+def test_text_that_is_no_address_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"^must "):
         web_address(text)
 
 
 @given(st.text(max_size=20))
-def test_any_text_is_an_address_or_refused_without_being_repeated(text: str) -> None:
+def test_any_text_is_an_address_or_rejected_without_being_shown(text: str) -> None:
     try:
         said = web_address(f"http://user:hidden-value@{text}")._replace(auth=None).url
     except ValueError as error:

@@ -232,7 +232,7 @@ def stalled(service: Service, job: dict[str, Any], behind: bytes = b"") -> Itera
 
 
 @pytest.mark.long
-def test_who_hangs_up_leaves_no_room_taken(postgres_url: str, schema: str) -> None:
+def test_a_client_that_hangs_up_leaves_no_room_taken(postgres_url: str, schema: str) -> None:
     with running_service(postgres_url, schema, MAX_BODY_BYTES=str(8 * MEGABYTE), MAX_BODIES_BYTES=str(8 * MEGABYTE)) as service:
         corner = Corner(service.api)
         job = corner.take()
@@ -244,7 +244,7 @@ def test_who_hangs_up_leaves_no_room_taken(postgres_url: str, schema: str) -> No
         assert create_until(service, corner.job(input={"text": "x" * 7_900_000}), 201)
 
 
-def test_a_claim_is_told_even_without_room(narrow: Service) -> None:
+def test_a_claim_is_answered_even_without_room(narrow: Service) -> None:
     corner = Corner(narrow.api)
     for _ in range(3):
         create_until(narrow, corner.job(input={"text": "x" * 300_000}), 201)

@@ -253,7 +253,7 @@ def test_the_oldest_pending_job_is_as_old_as_it_has_been_ready(lone: tuple[Corne
     wait_until(lambda: not stats(corner)["oldest_pending_seconds"], 10)
 
 
-def test_the_percentiles_tell_how_long_jobs_waited_and_ran(own: tuple[Corner, Sql]) -> None:
+def test_percentiles_of_waiting_and_running_times(own: tuple[Corner, Sql]) -> None:
     corner, sql = own
     for job in [corner.create() for _ in range(20)]:
         age(sql, job, 50)
@@ -285,7 +285,7 @@ def flattened(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def test_a_group_tells_when_it_was_last_claimed_and_whether_it_is_paused(own: tuple[Corner, Sql]) -> None:
+def test_a_group_has_its_last_claim_and_whether_it_is_paused(own: tuple[Corner, Sql]) -> None:
     corner, _ = own
     other = f"{corner.mark}-other"
     corner.batch([{}, {"model_profile": other}])
