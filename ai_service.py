@@ -1241,8 +1241,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ai-service {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="serve the HTTP interface")
-    serving.add_argument("--embedded", action="store_true", help="bring an own PostgreSQL (needs the extra 'embedded')")
-    serving.add_argument("--data", type=Path, help="folder of the embedded PostgreSQL")
+    bundled = "start a bundled PostgreSQL (needs the extra 'embedded')"
+    serving.add_argument("--embedded", action="store_true", help=bundled)
+    serving.add_argument("--data", type=Path, help="data directory of the bundled PostgreSQL")
+    if words[:1] == ["serve"] and {"-h", "--help"} & set(words):
+        from ai_internal.server.embedded import default_folder  # a service does not need it
+
+        serving.formatter_class = argparse.RawDescriptionHelpFormatter
+        serving.epilog = f"""\
+With --embedded, data is stored in
+  {default_folder()}
+--data changes this."""
     commands.add_parser("worker", help="claim jobs and run them on the configured providers")
     commands.add_parser("check", help="check settings, database, schema and providers")
     commands.add_parser("demo", help="show jobs going in and results coming back")

@@ -232,3 +232,17 @@ def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 def test_default_folder_is_absolute_and_outside_the_project() -> None:
     assert default_folder().is_absolute()
     assert default_folder().name == "ai-service"
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--embedded", "-h")])
+def test_help_of_serve_names_the_default_folder_and_how_to_change_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    home = tmp_path / "a home, 100 % its own - with a long name that no line of the help may break"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    root = Path(embedded.__file__).parents[2]
+    command = [sys.executable, str(root / "ai_service.py"), "serve", *words]
+    printed = subprocess.check_output(command, text=True, cwd=tmp_path)
+    assert f"With --embedded, data is stored in\n  {default_folder()}\n--data changes" in printed
+    assert default_folder().is_relative_to("/var/lib" if os.geteuid() == 0 else home)
