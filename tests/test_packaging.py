@@ -27,28 +27,33 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment with the wheel in it, not editable; the packages it needs are those of this environment."""
-    environment = tmp_path_factory.mktemp("installed") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    python = environment / "bin" / "python"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--disable-pip-version-check",
-        str(wheel),
-    ]
+    """The bin folder of an environment with the wheel in it."""
+    return environment(tmp_path_factory.mktemp("installed"), str(wheel))
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment with an editable installation of the source tree in it."""
+    options = ("--no-build-isolation", "--no-index", "--editable", str(ROOT))
+    return environment(tmp_path_factory.mktemp("editable"), *options)
+
+
+def environment(folder: Path, *what: str) -> Path:
+    """A new environment with that installed; its bin folder.
+
+    The packages it needs are those of this environment.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    # A plain path: .pth files below it, such as that of an editable install, are not read.
+    (site / "packages.pth").write_text(str(Path(pytest.__file__).parent.parent) + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    # Else pip would remove what the path above leads to.
+    options = ["--quiet", "--no-deps", "--ignore-installed", "--disable-pip-version-check"]
+    install = [*pip, "install", *options, *what]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (site,) = environment.glob("lib/python3*/site-packages")
-    # A plain path: the .pth files of this environment, that of an editable install too, are not read through it.
-    (site / "packages.pth").write_text(str(Path(pytest.__file__).parent.parent) + "\n")
-    return environment / "bin"
+    return folder / "bin"
 
 
 def run(command: list[str], cwd: Path) -> str:
@@ -78,16 +83,32 @@ def test_installed_command_says_its_version(installed: Path, tmp_path: Path) -> 
     assert PROJECT["version"] in run([str(installed / "ai-service"), "--version"], tmp_path)
 
 
-def test_installed_modules_find_their_files(installed: Path, tmp_path: Path) -> None:
+def files_found(python: Path, cwd: Path) -> tuple[Path, dict[str, bool]]:
+    """The folder of the modules, and which of the files that they read are there."""
     program = (
-        "import ai_service, json, pathlib; from ai_internal.cli import demo; from ai_internal.server import database;"
+        "import ai_service, json, pathlib; from ai_internal.cli import demo;"
+        "from ai_internal.server import database;"
         "folder = pathlib.Path(ai_service.__file__).parent;"
-        "print(json.dumps([str(folder), database.SCHEMA_FILE.is_file(), demo.JOBS.is_file(),"
-        " *((folder / 'ai_internal/server/pages' / name).is_file() for name in ('operator.html', 'docs.html'))]))"
+        "pages = folder / 'ai_internal' / 'server' / 'pages';"
+        "files = [database.SCHEMA_FILE, demo.JOBS, pages / 'operator.html', pages / 'docs.html'];"
+        "print(json.dumps([str(folder), {str(file): file.is_file() for file in files}]))"
     )
-    folder, *found = json.loads(run([str(installed / "python"), "-c", program], tmp_path))
-    assert Path(folder).is_relative_to(installed.parent)
-    assert found == [True] * 4
+    folder, files = json.loads(run([str(python), "-c", program], cwd))
+    assert len(files) == 4
+    assert str(Path(folder) / "schema.sql") in files
+    return Path(folder), files
+
+
+def test_modules_of_a_wheel_find_their_files(installed: Path, tmp_path: Path) -> None:
+    folder, files = files_found(installed / "python", tmp_path)
+    assert folder.is_relative_to(installed.parent)
+    assert all(files.values()), files
+
+
+def test_modules_of_an_editable_install_find_their_files(editable: Path, tmp_path: Path) -> None:
+    folder, files = files_found(editable / "python", tmp_path)
+    assert folder == ROOT
+    assert all(files.values()), files
 
 
 def test_installed_providers_are_found_and_load(installed: Path, tmp_path: Path) -> None:
