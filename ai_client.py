@@ -203,6 +203,7 @@ class JobFields:
     expires_at: datetime | None = None
     max_attempts: int | None = None
     traceparent: str | None = None
+    labels: Mapping[str, str] = field(factory=dict)
 
 
 @frozen
@@ -260,7 +261,7 @@ class Release:
 
 @frozen(kw_only=True)
 class JobFilter:
-    """Which jobs. A field has one value or several alternatives; all given fields must match."""
+    """Which jobs. A field has one value or several alternatives; all given fields, and all labels, must match."""
 
     status: Sequence[str] = ()
     owner_service: Sequence[str] = ()
@@ -270,6 +271,7 @@ class JobFilter:
     error_category: Sequence[str] = ()
     created_after: datetime | None = None
     created_before: datetime | None = None
+    labels: Mapping[str, str] = field(factory=dict)
 
 
 def _filter_fields(jobs: JobFilter) -> dict[str, Any]:
@@ -1046,6 +1048,7 @@ class AIService:
 
     def _list(self, kind: type[T], jobs: JobFilter | None, limit: int, cursor: str | None) -> T:
         fields = _filter_fields(jobs or JobFilter())
+        fields["label"] = [f"{key}:{value}" for key, value in fields.pop("labels", {}).items()]
         return self._get("/api/v1/jobs", kind, **fields, limit=limit, cursor=cursor)
 
     def _report(

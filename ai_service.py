@@ -295,7 +295,7 @@ class Floors:
             self._fresh[lane] = max(seq, self._fresh.get(lane, 0), self._safe.get(lane, 0))
 
 
-# What create_jobs_v1 takes of the jobs behind their lanes, in its order: the argument, and the value of its parameter.
+# What create_jobs_v2 takes of the jobs behind their lanes, in its order: the argument, and the value of its parameter.
 _JOB_COLUMNS: Mapping[str, tuple[str, Callable[[Sequence[NewJob]], Any]]] = {
     "owner_refs": (":owner_refs::text[]", lambda jobs: [job.owner_ref for job in jobs]),
     "inputs": ("string_to_array(:inputs, chr(30))", lambda jobs: joined([job.input for job in jobs])),
@@ -305,9 +305,10 @@ _JOB_COLUMNS: Mapping[str, tuple[str, Callable[[Sequence[NewJob]], Any]]] = {
     "expires_ats": (":expires_ats::timestamptz[]", lambda jobs: [job.expires_at for job in jobs]),
     "keys": (":keys::text[]", lambda jobs: [job.idempotency_key for job in jobs]),
     "traceparents": (":traceparents::text[]", lambda jobs: [job.traceparent for job in jobs]),
+    "labels": (":labels::text[]", lambda jobs: [_json_or_null(job.labels) for job in jobs]),
 }
 _CREATE = (
-    "create_jobs_v1(:owners::text[], :task_types::text[], :profiles::text[], :priorities::int[], :lane_nos::int[], "
+    "create_jobs_v2(:owners::text[], :task_types::text[], :profiles::text[], :priorities::int[], :lane_nos::int[], "
     f"{', '.join(argument for argument, _ in _JOB_COLUMNS.values())})"
 )
 # With the claim itself comes what the buffers of a connection take, a job counted as its input, owner_ref and 768 bytes: the claim is
@@ -323,7 +324,8 @@ with taken as materialized (
 ), text as materialized (
   select t.* from (
     select * from job_claim c where (
-      select count(*) = cardinality(c.job_ids) and sum(j.input_bytes + octet_length(j.owner_ref) + 768) <= :at_once::int
+      select count(*) = cardinality(c.job_ids) and sum(
+        j.input_bytes + octet_length(j.owner_ref) + coalesce(pg_column_size(j.labels), 0) + 768) <= :at_once::int
       from job j where j.id = any (c.job_ids))) c,
     claimed_texts_v1(c.claim_ids, c.job_ids) t
 )
@@ -350,6 +352,7 @@ _CONDITIONS = {
     "task_type": "j.lane_id in (select id from lane where task_type = any (:task_type::text[]))",
     "model_profile": "j.lane_id in (select id from lane where model_profile = any (:model_profile::text[]))",
     "error_category": "exists (select from ended e where e.job_id = j.id and e.error_category = any (:error_category::text[]))",
+    "labels": "j.labels @> :labels::jsonb",
     "created_after": "j.created_at > :created_after::timestamptz",
     "created_before": "j.created_at < :created_before::timestamptz",
     "before": "j.id < :before::uuid",
@@ -565,7 +568,9 @@ class Queue:
         return int(self._look_for(wanted, "-- queue.count\nselect count(*) from job j where {conditions}", {})[0][0])
 
     def _look_for(self, wanted: JobFilter, statement: str, more: dict[str, str], **beside: int) -> list[list[Any]]:
-        values = {name: value for name, value in attrs.asdict(wanted).items() if name in _CONDITIONS and value is not None} | more
+        given = {name: getattr(wanted, name, None) for name in _CONDITIONS}
+        given["labels"] = _json_or_null(given["labels"] or {})
+        values = {name: value for name, value in given.items() if value is not None} | more
         conditions = " and ".join(["true", *(_CONDITIONS[name] for name in values)])
         # A filter that fits hardly any job looks at all of them: such lists leave connections to everything else.
         if not self._listing.acquire(timeout=LIST_SECONDS):
@@ -649,6 +654,10 @@ def _columns(jobs: Sequence[NewJob]) -> dict[str, Any]:
         "lane_nos": lane_nos,
         **{name: value(jobs) for name, (_, value) in _JOB_COLUMNS.items()},
     }
+
+
+def _json_or_null(value: Mapping[str, str]) -> str | None:
+    return msgspec.json.encode(value).decode() if value else None
 
 
 def _bytes_of(text: str) -> int:

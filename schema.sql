@@ -32,15 +32,15 @@
 -- fail_jobs, release_jobs, retry_jobs, cancel_job, delete_job, job_texts, pause_jobs, resume_jobs,
 -- stats, upkeep, fold, add_partitions, retire_partition, clear_retired.
 --
--- This file creates version 6, the first one. To make the next version while processes of the
+-- This file creates version 6, the first one, and then what came later. To make the next version while processes of the
 -- previous release keep running:
 --   - Raise SCHEMA_VERSION by one. On a database with an older version this whole file then runs
 --     again, in one transaction.
 --   - Leave the block of tables as it is. Put what changes them into a block of its own behind it:
---       do $v7$ begin
---       if (select coalesce(max(version), 0) from schema_version) >= 7 then return; end if;
---       alter table job add column labels text[];
---       end $v7$;
+--       do $v8$ begin
+--       if to_regclass('what it makes') is not null then return; end if;
+--       alter table job add column …;
+--       end $v8$;
 --     Only add: the previous release works on the same tables, and its inserts do not name a new
 --     column. An `alter table` waits at most 5 seconds for other transactions on its table; if they
 --     take longer, the whole file is tried again later.
@@ -253,6 +253,13 @@ insert into upkeep_state (folded_at) values (now());
 
 end $tables$;
 
+-- Labels. The index holds jobs that have any.
+do $v7$ begin
+if to_regclass('job_by_label') is not null then return; end if;
+alter table job add column labels jsonb;
+create index job_by_label on job using gin (labels jsonb_path_ops) where labels is not null;
+end $v7$;
+
 
 -- ── Words that the functions share ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -378,9 +385,9 @@ end $$;
 
 -- One row per job in order: its id, its status, and whether this call made it. A key that exists gives the job it stands for, or AIS01
 -- where owner_ref, task_type or model_profile differ. lane_nos point into the distinct lanes, from 1.
-create or replace function create_jobs_v1(
+create or replace function create_jobs_v2(
   owners text[], types text[], profiles text[], priorities int[], lane_nos int[], owner_refs text[], inputs text[], input_sizes int[],
-  max_attempts_ int[], run_ats timestamptz[], expires_ats timestamptz[], keys text[], traceparents text[]
+  max_attempts_ int[], run_ats timestamptz[], expires_ats timestamptz[], keys text[], traceparents text[], labels_ text[]
 ) returns table (n bigint, id uuid, status text, created boolean) language plpgsql as $$
 #variable_conflict use_column
 declare
@@ -397,12 +404,12 @@ begin
 
   with fresh as (
     select u.*, lane_ids[u.lane_no] as lane_id, coalesce(u.run_at, now()) as start_at
-    from unnest(ids, final_ids, lane_nos, owner_refs, inputs, input_sizes, max_attempts_, run_ats, expires_ats, keys, traceparents)
-      with ordinality u (id, final_id, lane_no, owner_ref, input, input_bytes, max_attempts, run_at, expires_at, key, traceparent, n)
+    from unnest(ids, final_ids, lane_nos, owner_refs, inputs, input_sizes, max_attempts_, run_ats, expires_ats, keys, traceparents, labels_)
+      with ordinality u (id, final_id, lane_no, owner_ref, input, input_bytes, max_attempts, run_at, expires_at, key, traceparent, labels, n)
     where u.id = u.final_id
   ), facts as (
-    insert into job (id, lane_id, owner_ref, idempotency_key, traceparent, created_at, run_at, expires_at, max_attempts, input_bytes, input)
-    select id, lane_id, owner_ref, key, traceparent, now(), start_at, expires_at, max_attempts, input_bytes, input::json from fresh
+    insert into job (id, lane_id, owner_ref, idempotency_key, traceparent, labels, created_at, run_at, expires_at, max_attempts, input_bytes, input)
+    select id, lane_id, owner_ref, key, traceparent, labels::jsonb, now(), start_at, expires_at, max_attempts, input_bytes, input::json from fresh
   ), now_ready as (
     insert into ready (lane_id, job_id, run_at, expires_at, attempt, releases, input_bytes)
     select lane_id, id, greatest(start_at, now()), expires_at, 0, 0, input_bytes from fresh where start_at <= now() order by n
@@ -429,6 +436,15 @@ begin
   select u.n, u.final_id, case when u.id = u.final_id then 'pending' else job_status(u.final_id) end, u.id = u.final_id
   from unnest(ids, final_ids) with ordinality u (id, final_id, n) order by u.n;
 end $$;
+
+-- For processes of the release before version 7, which knows no labels.
+create or replace function create_jobs_v1(
+  owners text[], types text[], profiles text[], priorities int[], lane_nos int[], owner_refs text[], inputs text[], input_sizes int[],
+  max_attempts_ int[], run_ats timestamptz[], expires_ats timestamptz[], keys text[], traceparents text[]
+) returns table (n bigint, id uuid, status text, created boolean) language sql as $$
+  select * from create_jobs_v2(owners, types, profiles, priorities, lane_nos, owner_refs, inputs, input_sizes, max_attempts_,
+    run_ats, expires_ats, keys, traceparents, array_fill(null::text, array[cardinality(keys)]))
+$$;
 
 create or replace function job_status(of_job uuid) returns text language sql volatile as $$
   select coalesce(
@@ -600,7 +616,8 @@ begin
       ',"model_profile":', to_json(l.model_profile), ',"priority":', l.priority, ',"claim_id":"', h.claim_id, '","attempt":', h.attempt,
       ',"max_attempts":', j.max_attempts, ',"created_at":"', rfc3339(j.created_at), '","run_at":"', rfc3339(h.run_at),
       '","expires_at":', coalesce('"' || rfc3339(j.expires_at) || '"', 'null'), ',"lease_expires_at":"', rfc3339(h.lease_expires_at),
-      '","lease_seconds":', h.lease_seconds, ',"traceparent":', coalesce(to_json(j.traceparent)::text, 'null'), ',"input":', j.input, '}') as text
+      '","lease_seconds":', h.lease_seconds, ',"traceparent":', coalesce(to_json(j.traceparent)::text, 'null'),
+      ',"labels":', coalesce(j.labels, '{}'), ',"input":', j.input, '}') as text
     from unnest(claim_ids, job_ids) with ordinality c (claim_id, job_id, n)
     join held h on h.job_id = any (array[c.job_id]) and h.claim_id = c.claim_id
     join job j on j.id = c.job_id
@@ -888,7 +905,7 @@ begin
       rfc3339(j.created_at) as created_at, rfc3339(case when coalesce(e.attempt, h.attempt, r.attempt + 1, 2) <= 1 then j.run_at else coalesce(w.run_at, r.run_at, h.run_at, e.run_at, j.run_at) end) as run_at,
       rfc3339(j.expires_at) as expires_at, rfc3339(coalesce(e.started_at, h.started_at)) as started_at, rfc3339(e.finished_at) as finished_at,
       coalesce(e.worker_id, h.worker_id) as worker_id, rfc3339(h.lease_expires_at) as lease_expires_at,
-      j.idempotency_key, j.traceparent, coalesce(e.progress, h.progress) as progress, e.usage,
+      j.idempotency_key, j.traceparent, coalesce(j.labels, '{}') as labels, coalesce(e.progress, h.progress) as progress, e.usage,
       case when e.error_category is not null then json_build_object('category', e.error_category, 'message', e.error_message) end as error,
       coalesce((
         select json_agg(json_build_object('attempt', a.attempt, 'worker_id', a.worker_id, 'category', a.category, 'message', a.message,
@@ -1248,7 +1265,7 @@ begin
   for f in
     select oid from pg_proc
     where pronamespace = current_schema()::regnamespace and proname = any (array[
-      'ids_by_key', 'create_jobs_v1', 'claim_jobs_v1', 'claimed_texts_v1',
+      'ids_by_key', 'create_jobs_v1', 'create_jobs_v2', 'claim_jobs_v1', 'claimed_texts_v1',
       'peek_v1', 'heartbeat_jobs_v1', 'complete_jobs_v1', 'end_attempts',
       'fail_jobs_v1', 'release_jobs_v1', 'retry_jobs_v1', 'cancel_job_v1',
       'delete_job_v1', 'job_texts_v1', 'upkeep_v1'])

@@ -136,12 +136,15 @@ TEXTS = ["", "a", "running", "failed", "input", "\0", "a b", UNKNOWN, UNKNOWN.up
 TEXTS += ["a" * length for length in (63, 64, 65, 100, 101, 200, 201, 500, 501, 2000, 2001)] + [f"00-{'a' * 32}-{'b' * 16}-01"]
 NUMBERS = [-11, -10, -1, 0, 1, 4.999, 5, 10, 11, 60, 60.001, 100, 101, 500, 501, 1000, 1001, 3600, 86_400, 86_401, 604_800, 31_622_400]
 NUMBERS += [31_622_401, 10**12, 10**12 + 1, 10**15, 10**15 + 1]
+TEXTS += ["a:b", "a:", ":b", "a b:c", "a:b\0", f"{'k' * 63}:{'v' * 200}", f"{'k' * 64}:v", f"k:{'v' * 201}"]
+LABELS = [{"a": "b"}, {"a/b.c-D_9": ""}, {"a": 1}, {"a": None}, {"": "b"}, {"a b": "c"}, {"a": "\0"}, {"k" * 63: "v" * 200}]
+LABELS += [{"k" * 64: "v"}, {"k": "v" * 201}, *({str(n): "v" for n in range(count)} for count in (16, 17))]
 
 
 def test_a_schema_allows_what_its_check_accepts_and_nothing_else() -> None:
     # What the schema of a time cannot say, years, is left to the tests of bad input; so is that 5.0 is not whole.
     found = [check for check in checks() if check.schema.get("format") != "date-time"]
-    values: list[Any] = [*TEXTS, *NUMBERS, True, None, [], {}]
+    values: list[Any] = [*TEXTS, *NUMBERS, True, None, [], {}, *LABELS]
     probes = [(number, check, value) for number, check in enumerate(found) for value in values]
     allowed = {(number, repr(value)) for number, check, value in probes if Draft202012Validator(check.schema).is_valid(value)}
     accepted = {(number, repr(value)) for number, check, value in probes if is_accepted(check, value)}

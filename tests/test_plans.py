@@ -5,6 +5,7 @@ PostgreSQL counts a transaction's own scans in pg_stat_xact_user_tables: the pla
 
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -120,8 +121,8 @@ def test_a_call_for_some_jobs_reads_just_those(session: Connection, statement: s
 def test_a_create_reads_no_job(session: Connection) -> None:
     read = read_by(
         session,
-        "select id from create_jobs_v1('{owner1}', '{type}', '{profile1}', '{1}', '{1,1}', '{a,b}', '{1,2}', '{1,1}', '{3,3}', "
-        "'{NULL,NULL}', '{NULL,NULL}', '{x,y}', '{NULL,NULL}')",
+        "select id from create_jobs_v2('{owner1}', '{type}', '{profile1}', '{1}', '{1,1}', '{a,b}', '{1,2}', '{1,1}', '{3,3}', "
+        "'{NULL,NULL}', '{NULL,NULL}', '{x,y}', '{NULL,NULL}', '{NULL,NULL}')",
     )
     assert [read.get(name, (0, 0)) for name in BIG] == [(0, 0)] * len(BIG)
 
@@ -158,3 +159,19 @@ def test_dead_rows_under_a_held_snapshot_are_not_stepped_over(postgres_url: str)
             assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 3000, call
         session.close()
         stranger.close()
+
+
+def test_a_list_by_a_rare_label_reads_the_jobs_that_have_it(postgres_url: str) -> None:
+    with fresh_schema(postgres_url) as schema:
+        pool = Database(read_database_url(postgres_url), schema, 2)
+        migrate(pool)
+        pool.close()
+        with closing(connect(postgres_url, schema)) as session:
+            session.run(FILL)
+            session.run("update job set labels = json_build_object('env', 'prod', 'call', right(owner_ref, 4)) where lane_id % 2 = 0")
+            # Autovacuum does both within a minute of so many changes.
+            session.run("vacuum analyze job")
+            labels = """'{"call": "1235", "env": "prod"}'"""
+            read = read_by(session, f"select id from job j where j.labels @> {labels} order by j.id desc limit 51")
+    assert read["job"][0] == 0
+    assert 0 < read["job"][1] <= 20

@@ -19,8 +19,8 @@ from ai_internal.server.waiting import Claimed, WaitingClaims
 from ai_service import CLAIMED_AT_ONCE_BYTES, Queue
 
 LATE_CREATE = (
-    "select id from create_jobs_v1('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', "
-    "'{NULL}', '{NULL}', '{NULL}', '{NULL}')"
+    "select id from create_jobs_v2('{owner}', '{type}', '{profile}', '{0}', '{1}', '{ref}', '{1}', '{1}', '{3}', "
+    "'{NULL}', '{NULL}', '{NULL}', '{NULL}', '{NULL}')"
 )
 
 

@@ -33,6 +33,7 @@ from ai_client import (
     InvalidState,
     Job,
     JobFilter,
+    NewJob,
     NotFound,
     NotJSON,
     RawJSON,
@@ -144,10 +145,10 @@ export them with --input and turn the lines round: tac jobs.jsonl | ai-service j
 IMPORT = """create jobs from JSON lines.
 
 A line has the fields of POST /api/v1/jobs, or is one of `jobs export --input`: of that the new job takes owner_service,
-owner_ref, task_type, model_profile, input, priority, run_at, expires_at, max_attempts, traceparent and idempotency_key,
-and nothing of what became of the old one. A line without an idempotency_key gets one: from the id of an exported job, else from
-its text, so that a second import of the same lines creates nothing, and equal lines are one job. After an interruption
-run the same import again"""
+owner_ref, task_type, model_profile, input, priority, run_at, expires_at, max_attempts, traceparent, labels and
+idempotency_key, and nothing of what became of the old one. A line without an idempotency_key gets one: from the id of an
+exported job, else from its text, so that a second import of the same lines creates nothing, and equal lines are one job.
+After an interruption run the same import again"""
 
 
 def _add_moving(verbs: Commands) -> None:
@@ -188,6 +189,7 @@ def _add_filters(parser: argparse.ArgumentParser, statuses: Sequence[str] = STAT
     filters.add_argument("--status", action="append", choices=statuses)
     for name in NAMES:
         filters.add_argument(f"--{name.replace('_', '-')}", action="append", type=_text, metavar="NAME")
+    filters.add_argument("--label", action="append", type=_label, metavar="KEY:VALUE", help="a label; several must all fit")
     for name in TIMES:
         about = "a time (RFC 3339, UTC without an offset), or how long ago, as 90s, 2h or 1h30m"
         filters.add_argument(f"--{name.replace('_', '-')}", type=_time, metavar="TIME", help=about)
@@ -195,7 +197,7 @@ def _add_filters(parser: argparse.ArgumentParser, statuses: Sequence[str] = STAT
 
 def _filter_of(options: argparse.Namespace) -> JobFilter:
     given = {name: getattr(options, name) for name in ("status", *NAMES, *TIMES)}
-    return JobFilter(**{name: value for name, value in given.items() if value is not None})
+    return JobFilter(**{name: value for name, value in given.items() if value is not None}, labels=dict(options.label or ()))
 
 
 def _text(text: str) -> str:
@@ -204,6 +206,13 @@ def _text(text: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("it is not UTF-8") from None
     return text
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, colon, value = _text(text).partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError("it must be KEY:VALUE")
+    return key, value
 
 
 def _whole(text: str) -> int:
@@ -443,7 +452,7 @@ def _story(text: RawJSON) -> Iterator[str]:
     facts = {name: str(value) for name in _PLAIN if (value := getattr(job, name)) is not None}
     facts["attempt"] = f"{job.attempt} of {job.max_attempts}"
     facts |= {name: f"{moment_text(at)}{_lasted(job, name)}" for name in _DATED if (at := getattr(job, name))}
-    facts |= {name: _members(value) for name in ("progress", "usage") if (value := getattr(job, name))}
+    facts |= {name: _members(value) for name in ("labels", "progress", "usage") if (value := getattr(job, name))}
     if job.error:
         facts["error"] = f"{job.error.category}: {job.error.message}"
     if job.status == "completed" and job.raw_result:
@@ -630,10 +639,7 @@ def _line(text: RawJSON) -> str:
 
 # So much is in hand at a time; a line has a job's whole input in it, of which no service takes more than its MAX_BODY_BYTES.
 BATCH_LINES, BATCH_BYTES, LINE_BYTES = 500, 4 << 20, 64 << 20
-TAKEN = (
-    "owner_service", "owner_ref", "task_type", "model_profile", "input", "priority", "run_at", "expires_at", "max_attempts", "traceparent",
-    "idempotency_key",
-)  # fmt: skip
+TAKEN = tuple(field.name for field in attrs.fields(NewJob))
 
 
 @attrs.frozen

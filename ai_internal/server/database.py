@@ -34,7 +34,7 @@ log = logging.getLogger("ai_service.database")
 
 # ── Database ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 # Versions 1 to 5 were never released, and nothing upgrades them.
 FIRST_SCHEMA_VERSION = 6
 SCHEMA_FILE = Path(__file__).parents[2] / "schema.sql"  # beside ai_service.py, in the source tree as in an installation

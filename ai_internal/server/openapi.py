@@ -193,6 +193,7 @@ _FACTS = {
     "lease_expires_at": None,
     "idempotency_key": "beeline/7c1f#1",
     "traceparent": None,
+    "labels": {"call": "7c1f"},
     "progress": None,
     "usage": _USAGE,
     "error": None,
@@ -208,7 +209,7 @@ _FACTS = {
     ],
 }
 _CLAIMED = {
-    name: _FACTS[name] for name in ("id", *_LANE, "owner_ref", "priority", "max_attempts", "created_at", "run_at", "expires_at")
+    name: _FACTS[name] for name in ("id", *_LANE, "owner_ref", "priority", "max_attempts", "created_at", "run_at", "expires_at", "labels")
 } | {
     "claim_id": _CLAIM_ID,
     "attempt": 1,

@@ -94,7 +94,13 @@ class AttemptError:
 def _stated(*but: str) -> Any:
     """The fields of a new job as an answer has them: all of them, and null only where nothing was stated."""
     return attrs.make_class(
-        "Stated", {field.name: attrs.field(type=_answered(field)) for field in attrs.fields(NewJob) if field.name not in but}, frozen=True
+        "Stated",
+        {
+            field.name: attrs.field(type=_answered(field), metadata=field.metadata)
+            for field in attrs.fields(NewJob)
+            if field.name not in but
+        },
+        frozen=True,
     )
 
 

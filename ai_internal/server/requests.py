@@ -300,6 +300,22 @@ def number(low: float, high: float) -> Check:
     return Check("a number", (int, float), lambda value: None if low <= value <= high else f"must be from {low:,} to {high:,}", schema)
 
 
+MAX_LABELS, MAX_LABEL_CHARACTERS = 16, 200
+_LABEL_KEY = "[A-Za-z0-9._/-]{1,63}"
+
+
+def _accept_labels(value: dict[str, Any]) -> str | None:
+    if len(value) > MAX_LABELS:
+        return f"must have at most {MAX_LABELS} labels"
+    label = text_of(0, MAX_LABEL_CHARACTERS)
+    for key, text in value.items():
+        if not re.fullmatch(_LABEL_KEY, key):
+            return f"must have keys that match {_LABEL_KEY}"
+        if not isinstance(text, str) or label.accept(text):
+            return f"must have strings of at most {MAX_LABEL_CHARACTERS} characters, without NUL, as values"
+    return None
+
+
 def _accept_time(value: str) -> str | None:
     try:
         moment = msgspec.convert(value, Annotated[datetime, msgspec.Meta(tz=True)]).astimezone(UTC)
@@ -354,6 +370,21 @@ ItemId = Annotated[str, text_of(0, 200)]
 Category = Annotated[str, matching("[a-z][a-z0-9_]{0,63}")]
 Traceparent = Annotated[str, matching(TRACEPARENT)]
 Moment = Annotated[str, Check("a string", (str,), _accept_time, {"type": "string", "format": "date-time"})]
+Labels = Annotated[
+    dict[str, str],
+    Check(
+        "an object",
+        (dict,),
+        _accept_labels,
+        {
+            "type": "object",
+            "maxProperties": MAX_LABELS,
+            "propertyNames": {"pattern": f"^{_LABEL_KEY}$"},
+            "additionalProperties": text_of(0, MAX_LABEL_CHARACTERS).schema,
+        },
+    ),
+]
+LabelPair = Annotated[str, matching(f"{_LABEL_KEY}:[^\\x00]{{0,{MAX_LABEL_CHARACTERS}}}")]
 Flag = Annotated[bool, Check("true or false", (bool,), lambda _: None, {"type": "boolean"})]
 Priority = Annotated[int, whole_number(-10, 10)]
 MaxAttempts = Annotated[int, whole_number(1, 100)]
@@ -368,13 +399,19 @@ Seconds = Annotated[float, number(0, 10**12)]
 # ── The requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _field_like(field: "attrs.Attribute[Any]", **changed: Any) -> Any:
+    same = {name: getattr(field, name) for name in ("type", "default", "converter", "metadata")}
+    return attrs.field(**same | changed)
+
+
 def _default_of(field: "attrs.Attribute[Any]") -> Any:
     return None if field.default is attrs.NOTHING else field.default
 
 
-def optional(default: Any) -> Any:
-    """A field that may be absent. Null and an empty list mean the default too."""
-    return attrs.field(default=default, converter=lambda value: value or default)
+def optional(default: Any, description: str = "") -> Any:
+    """A field that may be absent. Null and an empty list or object mean the default too."""
+    metadata = {"description": description} if description else {}
+    return attrs.field(default=default, converter=lambda value: value or default, metadata=metadata)
 
 
 @attrs.frozen
@@ -392,6 +429,7 @@ class NewJob:
     max_attempts: MaxAttempts = optional(3)
     idempotency_key: Key | None = None
     traceparent: Traceparent | None = None
+    labels: Labels = optional({}, "Pairs of text by which the owner finds its jobs. Claims carry them.")
 
 
 # What the jobs of a batch may have in common: all but what tells one from the other.
@@ -399,11 +437,6 @@ JobDefaults: Any = attrs.make_class(
     "JobDefaults",
     {
         field.name: _field_like(field, type=cast(Any, field.type) | None, default=_default_of(field))
-def _field_like(field: "attrs.Attribute[Any]", **changed: Any) -> Any:
-    same = {name: getattr(field, name) for name in ("type", "default", "converter", "metadata")}
-    return attrs.field(**same | changed)
-
-
         for field in attrs.fields(NewJob)
         if field.name not in ("owner_ref", "idempotency_key")
     },
@@ -542,8 +575,20 @@ class JobFilter:
 
 @attrs.frozen
 class Listing(JobFilter):
+    label: list[LabelPair] | None = attrs.field(
+        default=None, metadata={"description": "A label that the jobs have, as `key:value`. Several must all fit."}
+    )
     limit: Annotated[int, whole_number(1, MAX_PAGE)] = optional(50)
     cursor: Uuid | None = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels that a job must have. Raises ValidationFailed for two values of one, which no job has."""
+        pairs = [pair.split(":", 1) for pair in dict.fromkeys(self.label or ())]
+        labels = dict(pairs)
+        if len(labels) < len(pairs):
+            raise ValidationFailed(errors=[{"path": "?label", "message": "must have one value for each key"}])
+        return labels
 
 
 @attrs.frozen
@@ -556,6 +601,7 @@ class RetryFilter(JobFilter):
     """Which jobs to retry: the same, but a single value may stand without its list, and running jobs are left alone."""
 
     status: list[Annotated[str, one_of("failed", "cancelled")]] = optional(("failed", "cancelled"))
+    labels: Labels = optional({}, "Labels that the jobs have. Several must all fit.")
 
 
 @attrs.frozen
@@ -819,6 +865,21 @@ def read_one(raw: msgspec.Raw | bytes, kind: type[T], at: str = "") -> T:
         raise ValidationFailed(errors=problems_of(at, error)) from None
 
 
+def read_each(texts: Sequence[msgspec.Raw | bytes], kind: type[T]) -> list[T | Refusal]:
+    """The objects in `/jobs` as `kind`; in the place of one that is wrong stands its refusal."""
+    try:
+        return list(reader_of(kind).read_list(texts))
+    except UNCLEAR:
+        return [_read_or_refuse(text, kind, f"/jobs/{position}") for position, text in enumerate(texts)]
+
+
+def _read_or_refuse(raw: msgspec.Raw | bytes, kind: type[T], at: str) -> T | Refusal:
+    try:
+        return read_one(raw, kind, at)
+    except Refusal as refusal:
+        return refusal
+
+
 def read_object(body: bytes) -> dict[str, msgspec.Raw]:
     """The members of the JSON object in a request's body, unread; an empty body is `{}`. Of duplicate keys the last wins."""
     try:
@@ -864,21 +925,6 @@ def item_fields(item: msgspec.Raw | bytes, at: str) -> dict[str, msgspec.Raw]:
         return fields_of(item)
     except ValueError as error:
         raise ValidationFailed(errors=problems_of(at, error)) from None
-
-def read_each(texts: Sequence[msgspec.Raw | bytes], kind: type[T]) -> list[T | Refusal]:
-    """The objects in `/jobs` as `kind`; in the place of one that is wrong stands its refusal."""
-    try:
-        return list(reader_of(kind).read_list(texts))
-    except UNCLEAR:
-        return [_read_or_refuse(text, kind, f"/jobs/{position}") for position, text in enumerate(texts)]
-
-
-def _read_or_refuse(raw: msgspec.Raw | bytes, kind: type[T], at: str) -> T | Refusal:
-    try:
-        return read_one(raw, kind, at)
-    except Refusal as refusal:
-        return refusal
-
 
 
 def raise_all(refusals: Sequence[Refusal]) -> None:
