@@ -134,7 +134,7 @@ def _json_escape(character: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _pattern(message: str) -> tuple[str, list[tuple[str, str]]] | None:
+def event_pattern(message: str) -> tuple[str, list[tuple[str, str]]] | None:
     """The name of an event, and its pairs as name and conversion; None for other words."""
     match = _EVENT.fullmatch(message)
     return (match[1], _PAIR.findall(match[2])) if match else None
@@ -142,7 +142,7 @@ def _pattern(message: str) -> tuple[str, list[tuple[str, str]]] | None:
 
 def _members(record: logging.LogRecord) -> dict[str, Any]:
     """What an event tells. A stranger's whose arguments do not fit its words has its words only."""
-    pattern = _pattern(record.msg) if isinstance(record.msg, str) else None
+    pattern = event_pattern(record.msg) if isinstance(record.msg, str) else None
     try:
         return _pairs(*pattern, record) if pattern else {"message": record.getMessage()}
     except Exception:  # noqa: BLE001  it may raise anything, and the event must be told
@@ -150,8 +150,8 @@ def _members(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _pairs(event: str, pairs: Sequence[tuple[str, str]], record: logging.LogRecord) -> dict[str, Any]:
-    given = iter(record.args if isinstance(record.args, tuple) else (record.args,))
-    values = {name: _value(said, next(given)) if said.startswith("%") else said for name, said in pairs}
+    arguments = iter(record.args if isinstance(record.args, tuple) else (record.args,))
+    values = {name: _value(conversion, next(arguments)) if conversion.startswith("%") else conversion for name, conversion in pairs}
     return {"event": event} | values | {"event": event}
 
 
@@ -182,16 +182,29 @@ def log_to_stderr(environ: Mapping[str, str] = os.environ) -> None:
     handler.setFormatter(JsonFormatter() if is_json else LineFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(capture=True)
-    sys.excepthook, threading.excepthook = _log_end_of_process, _log_end_of_thread
+    sys.excepthook, threading.excepthook = _log_uncaught, _log_uncaught_in_thread
 
 
-def _log_end_of_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     log.critical("process_broke", exc_info=(kind, error, trace))
 
 
-def _log_end_of_thread(broken: threading.ExceptHookArgs) -> None:
-    if broken.exc_value and not isinstance(broken.exc_value, SystemExit):
-        log.critical("thread_broke thread=%s", broken.thread and broken.thread.name, exc_info=broken.exc_value)
+def _log_uncaught_in_thread(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value and not isinstance(failed.exc_value, SystemExit):
+        log.critical("thread_broke thread=%s", failed.thread and failed.thread.name, exc_info=failed.exc_value)
+
+
+def log_crash(logger: logging.Logger, event: str, error: Exception, *values: object) -> None:
+    """Logs a mistake of our own with its stack: an event and the values of its pairs.
+
+    The error of a database, whose first argument is a dict of the fields of PostgreSQL's protocol,
+    shows its SQLSTATE and message only: its details may quote a row.
+    """
+    fields = error.args[0] if error.args else None
+    if isinstance(fields, dict) and {"C", "M"} <= fields.keys():
+        logger.error(f"{event} sqlstate=%s error=%r", *values, fields["C"], fields["M"])  # noqa: G004  a format
+    else:
+        logger.error(event, *values, exc_info=error)
 
 
 def complain(title: str, problems: Sequence[str] = ()) -> None:

@@ -490,7 +490,9 @@ def test_an_import_that_was_interrupted_goes_on_when_it_is_run_again(
         wait_until(lambda: len(statuses(corner)) == 500, what="the first 500 jobs")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (130, b"created 500, existing 0, refused 0\n")
+    assert process.returncode == 130
+    # The answer to the 500 may have been on its way.
+    assert re.fullmatch(rb"created (500|0), existing 0, refused 0\n", out)
     assert b"run the same import again" in err
     assert imported(cli, tmp_path, *lines).lines == [counts(200, 500, 0)]
 

@@ -25,7 +25,7 @@ ROOT = Path(demo.__file__).parents[2]
 TASK_TYPES = ("transcribe", "call_analysis", "tg_analysis", "pf_competitor_analysis")
 
 
-class Refusing(demo.StandInChat):
+class Refusing(demo.StubChatServer):
     """A chat server that refuses every completion, and remembers the keys it was shown."""
 
     keys: ClassVar[list[str]] = []
@@ -101,7 +101,7 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def test_jobs_are_of_the_four_task_types_and_of_more_than_one_alphabet() -> None:
-    jobs = demo._jobs("some-model")
+    jobs = demo.read_jobs("some-model")
     assert {job.task_type for job in jobs} == set(TASK_TYPES)
     assert {job.model_profile for job in jobs} == {"whisperx", "some-model"}
     assert len({(job.owner_service, job.owner_ref, job.task_type) for job in jobs}) == len(jobs)
@@ -113,7 +113,7 @@ def test_stand_in_fits_every_schema_of_the_jobs() -> None:
         request = json.loads(line)["input"]
         if "response_format" in request:
             schema = request["response_format"]["json_schema"]["schema"]
-            answer = json.loads(demo._stand_in_answer(request))
+            answer = json.loads(demo.stub_answer(request))
             assert list(answer) == schema["required"]
             assert re.match(schema["properties"]["summary"]["pattern"], answer["summary"])
             assert "stand-in" in answer["summary"]

@@ -51,7 +51,7 @@ def after(clock: Clock, *outcomes: Result | NotCompleted) -> Circuit:
 
 
 def let_through(circuit: Circuit, outcome: Result | NotCompleted) -> None:
-    circuit.ended(outcome, was_trial=circuit.begin())
+    circuit.record_outcome(outcome, was_trial=circuit.start_job())
 
 
 def opened_and_over(clock: Clock) -> Circuit:
@@ -85,7 +85,7 @@ def test_what_was_worked_on_leaves_it_closed_and_ends_a_row(clock: Clock, outcom
 def test_a_refusal_opens_it_at_once(clock: Clock) -> None:
     circuit = after(clock, REFUSED)
     assert circuit.state() == "open"
-    assert not circuit.lets_through()
+    assert not circuit.allows_job()
     assert 1.5 <= circuit.seconds_left() <= 2
 
 
@@ -110,16 +110,16 @@ def test_nobody_may_ask_for_more_than_ten_minutes(clock: Clock) -> None:
 
 def test_half_open_it_lets_one_job_through(clock: Clock) -> None:
     circuit = opened_and_over(clock)
-    assert circuit.lets_through()
-    assert circuit.begin()
-    assert not circuit.lets_through()
+    assert circuit.allows_job()
+    assert circuit.start_job()
+    assert not circuit.allows_job()
 
 
 @pytest.mark.parametrize("outcome", WORKED_ON)
 def test_a_trial_that_was_worked_on_closes_it(clock: Clock, outcome: Result | NotCompleted) -> None:
     circuit = opened_and_over(clock)
     let_through(circuit, outcome)
-    assert (circuit.state(), circuit.why) == ("closed", None)
+    assert (circuit.state(), circuit.reason) == ("closed", None)
 
 
 @pytest.mark.parametrize("outcome", SAYS_NOTHING)
@@ -127,7 +127,7 @@ def test_a_trial_that_says_nothing_is_followed_by_another(clock: Clock, outcome:
     circuit = opened_and_over(clock)
     let_through(circuit, outcome)
     assert circuit.state() == "half_open"
-    assert circuit.lets_through()
+    assert circuit.allows_job()
 
 
 @pytest.mark.parametrize("outage", [REFUSED, BROKE])
@@ -146,36 +146,36 @@ def test_each_failed_trial_doubles_the_time_up_to_five_minutes(clock: Clock, out
 
 def test_jobs_side_by_side_that_meet_one_outage_open_it_once(clock: Clock) -> None:
     circuit = Circuit("script", clock)
-    together = [circuit.begin() for _ in range(8)]
+    together = [circuit.start_job() for _ in range(8)]
     for was_trial in together:
-        circuit.ended(REFUSED, was_trial=was_trial)
+        circuit.record_outcome(REFUSED, was_trial=was_trial)
     assert circuit.seconds_left() <= 2
 
 
 def test_a_job_that_ends_well_closes_it_unless_the_service_asked_for_a_rest(clock: Clock) -> None:
     circuit = Circuit("script", clock)
-    circuit.ended(REFUSED, was_trial=False)
-    circuit.ended(FINE, was_trial=False)
+    circuit.record_outcome(REFUSED, was_trial=False)
+    circuit.record_outcome(FINE, was_trial=False)
     assert circuit.state() == "closed"
-    circuit.ended(NotNow("rate_limited", "later", retry_in_seconds=30, burns_attempt=False), was_trial=False)
-    circuit.ended(FINE, was_trial=False)
+    circuit.record_outcome(NotNow("rate_limited", "later", retry_in_seconds=30, burns_attempt=False), was_trial=False)
+    circuit.record_outcome(FINE, was_trial=False)
     assert circuit.state() == "open"
 
 
 def test_a_bad_check_keeps_it_open_and_a_good_one_ends_that(clock: Clock) -> None:
     circuit = after(clock, REFUSED)
-    circuit.checked(is_down=True)
+    circuit.record_check(is_down=True)
     clock.passes(500)
     assert circuit.state() == "open"
-    circuit.checked(is_down=False)
+    circuit.record_check(is_down=False)
     assert circuit.state() == "half_open"
 
 
 def test_a_check_that_recovers_ends_a_long_time_early_but_not_one_that_was_asked_for(clock: Clock) -> None:
     for outage, state in (REFUSED, "half_open"), (attrs_like(REFUSED, 60), "open"):
         circuit = after(clock, outage)
-        circuit.checked(is_down=True)
-        circuit.checked(is_down=False)
+        circuit.record_check(is_down=True)
+        circuit.record_check(is_down=False)
         assert circuit.state() == state
 
 
@@ -185,14 +185,14 @@ def attrs_like(refusal: NotNow, seconds: float) -> NotNow:
 
 def test_a_bad_check_holds_it_twice_as_long_each_time_it_is_proved_right_but_never_for_ever(clock: Clock) -> None:
     circuit = after(clock, REFUSED)
-    circuit.checked(is_down=True)
+    circuit.record_check(is_down=True)
     for seconds in (600, 1200, 2400, 3600, 3600):
         clock.passes(seconds - 1)
         assert circuit.state() == "open"
         clock.passes(1)
         assert circuit.state() == "half_open"
         let_through(circuit, REFUSED)
-    circuit.checked(is_down=False)
+    circuit.record_check(is_down=False)
     assert circuit.state() == "half_open"
 
 
@@ -202,7 +202,7 @@ def test_the_end_of_a_jobs_own_time_opens_nothing(clock: Clock) -> None:
 
 def test_a_bad_check_alone_opens_nothing(clock: Clock) -> None:
     circuit = Circuit("script", clock)
-    circuit.checked(is_down=True)
+    circuit.record_check(is_down=True)
     assert circuit.state() == "closed"
 
 
@@ -233,7 +233,7 @@ def turns_of(fleet: Fleet, profile: str) -> Iterator[list[str]]:
     """The names of those that get a turn when each refuses."""
     names = []
     for turn in fleet.turns(profile):
-        names.append(turn.listed.name)
+        names.append(turn.installed.name)
         turn.end(REFUSED)
     yield names
 
@@ -243,7 +243,7 @@ def names_of(fleet: Fleet, profile: str, outcomes: Sequence[Result | NotComplete
     names = []
     for outcome in outcomes:
         turn = next(fleet.turns(profile))
-        names.append(turn.listed.name)
+        names.append(turn.installed.name)
         turn.end(outcome)
     return names
 
@@ -262,7 +262,7 @@ def test_a_provider_behind_an_open_circuit_gets_no_turn_until_its_trial(clock: C
     assert names_of(fleet, "text", [FINE, REFUSED, FINE, FINE]) == ["first", "first", "second", "second"]
     clock.passes(2)
     trial = next(fleet.turns("text"))
-    assert trial.listed.name == "first"
+    assert trial.installed.name == "first"
     assert names_of(fleet, "text", [FINE]) == ["second"], "one trial at a time"
     trial.end(FINE)
     assert names_of(fleet, "text", [FINE]) == ["first"]
@@ -270,11 +270,11 @@ def test_a_provider_behind_an_open_circuit_gets_no_turn_until_its_trial(clock: C
 
 def test_only_profiles_that_somebody_may_run_are_claimed(clock: Clock) -> None:
     fleet = Fleet({"text": (FIRST,), "other": (SECOND,), "both": (FIRST, SECOND)}, clock)
-    assert fleet.open_profiles() == ["text", "other", "both"]
+    assert fleet.claimable_profiles() == ["text", "other", "both"]
     next(fleet.turns("text")).end(REFUSED)
-    assert fleet.open_profiles() == ["other", "both"]
-    assert fleet.seconds_until_open("text") > 0
-    assert fleet.seconds_until_open("both") == 0
+    assert fleet.claimable_profiles() == ["other", "both"]
+    assert fleet.seconds_until_retry("text") > 0
+    assert fleet.seconds_until_retry("both") == 0
 
 
 def test_one_job_is_claimed_where_a_profile_depends_on_a_trial(clock: Clock) -> None:
@@ -282,16 +282,16 @@ def test_one_job_is_claimed_where_a_profile_depends_on_a_trial(clock: Clock) -> 
     for fleet in (alone, backed):
         next(fleet.turns("text")).end(REFUSED)
         clock.passes(2)
-    assert (alone.may_claim(8), backed.may_claim(8)) == (1, 8)
+    assert (alone.claim_limit(8), backed.claim_limit(8)) == (1, 8)
     next(alone.turns("text")).end(FINE)
-    assert alone.may_claim(8) == 8
+    assert alone.claim_limit(8) == 8
 
 
 def test_checks_come_sooner_in_trouble(clock: Clock) -> None:
     fleet = Fleet({"text": (FIRST,)}, clock)
-    assert (fleet.seconds_to_next_check(), fleet.is_in_trouble()) == (30, False)
+    assert (fleet.seconds_to_next_check(), fleet.has_open_circuit()) == (30, False)
     next(fleet.turns("text")).end(REFUSED)
-    assert (fleet.seconds_to_next_check(), fleet.is_in_trouble()) == (5, True)
+    assert (fleet.seconds_to_next_check(), fleet.has_open_circuit()) == (5, True)
 
 
 def test_the_report_says_which_circuit_is_open_and_why_without_a_secret(clock: Clock) -> None:
@@ -313,10 +313,10 @@ def test_a_check_reaches_the_circuits(clock: Clock) -> None:
     assert isinstance(first.provider, Stub)
     first.provider.health = Health("unavailable", "gone")
     fleet.check()
-    assert fleet.seconds_until_open("text") > 60
+    assert fleet.seconds_until_retry("text") > 60
     first.provider.health = Health("ok")
     fleet.check()
-    assert fleet.seconds_until_open("text") == 0
+    assert fleet.seconds_until_retry("text") == 0
 
 
 def test_a_provider_whose_check_hangs_is_not_asked_again_meanwhile() -> None:

@@ -17,12 +17,13 @@ import attrs
 import pytest
 from fake_service import FakeService, problem
 from fake_vllm import fake_vllm
+from pg8000.native import DatabaseError
 from postgres import EmbeddedServer, connect
-from service import MAIN, Corner, Service, running_service, wait_until, worker_process
+from service import MAIN, Api, Corner, Service, running_service, wait_until, worker_process
 
 from ai_client import Job, JobError, RawJSON
 from ai_internal.cli import demo
-from ai_internal.telemetry import JsonFormatter, LineFormatter, _pattern, about, printable
+from ai_internal.telemetry import JsonFormatter, LineFormatter, about, event_pattern, log_crash, printable
 
 ROOT = Path(__file__).parent.parent
 FORGED = "\n2026-01-01 00:00:00,000 ERROR ai_service forged \x1b]0;title\x07\x1b[2J\x9b31m\u202egnp\u2028\r\x08"
@@ -141,7 +142,9 @@ def is_log_call(node: ast.AST) -> bool:
 
 def test_every_event_of_the_source_has_a_name_and_pairs_and_no_reserved_member() -> None:
     calls = list(log_calls())
-    ill = [(at, words) for at, words in calls if not (pattern := _pattern(words)) or {"time", "level", "logger"} & dict(pattern[1]).keys()]
+    ill = [
+        (at, words) for at, words in calls if not (pattern := event_pattern(words)) or {"time", "level", "logger"} & dict(pattern[1]).keys()
+    ]
     assert ill == []
     assert len(calls) > 40
 
@@ -150,9 +153,10 @@ def test_every_event_of_the_source_has_a_name_and_pairs_and_no_reserved_member()
 def test_nothing_that_a_caller_sends_makes_a_line_of_the_service_s_log(
     postgres_url: str, start_service: Callable[..., Service], log_format: str, ill: Callable[[str], list[str]]
 ) -> None:
-    service = start_service(LOG_FORMAT=log_format, LOG_LEVEL="DEBUG", LOG_REQUESTS="true", API_TOKENS="desk=operator=desk-0123456789abcdef")
-    service.api._headers["Authorization"] = "Bearer desk-0123456789abcdef"
-    corner, api = Corner(service.api), service.api
+    token = "desk-0123456789abcdef"
+    service = start_service(LOG_FORMAT=log_format, LOG_LEVEL="DEBUG", LOG_REQUESTS="true", API_TOKENS=f"desk=operator={token}")
+    api = Api(service.api.port, token)
+    corner = Corner(api)
     job = corner.create(owner_ref=FORGED.replace("\x00", ""), input=FORGED)
     api.post("/api/v1/jobs/claim", corner.claiming(worker_id=FORGED, worker={"version": FORGED}))
     quoted = "%0a2026-01-01%2000:00:00,000%20ERROR%20ai_service%20forged%1b%5b2J"
@@ -282,8 +286,21 @@ def test_nothing_that_a_model_service_answers_reaches_the_terminal_of_check_as_i
 def test_what_a_model_says_reaches_the_terminal_of_the_demo_as_printable_text(capsys: pytest.CaptureFixture[str]) -> None:
     error = JobError("internal", FORGED)
     job = Job(id="1", status="failed", owner_service="demo", owner_ref=f"ref{FORGED}", task_type="chat", model_profile="any", error=error)
-    demo._print_change(job, 1.0)
-    demo._print_table([job, attrs.evolve(job, error=None, raw_result=RawJSON('{"content": "a\\u001b[2Jb"}'))])
+    demo.print_change(job, 1.0)
+    demo.print_results([job, attrs.evolve(job, error=None, raw_result=RawJSON('{"content": "a\\u001b[2Jb"}'))])
     shown = capsys.readouterr().out
     assert shown.count("forged") >= 3
     assert [line for line in shown.split("\n") if not line.isprintable()] == []
+
+
+def test_a_crash_in_the_database_shows_no_row_and_any_other_its_stack(caplog: pytest.LogCaptureFixture) -> None:
+    fields = {"S": "ERROR", "C": "23505", "M": "duplicate key", "D": "Key (input)=(my-payload) already exists."}
+    for error in (DatabaseError(fields), ZeroDivisionError("by 0"), ValueError()):
+        log_crash(logging.getLogger("ai_service"), "upkeep_failed step=%s", error, "fold")
+    in_database, elsewhere, without_words = caplog.records
+    assert in_database.getMessage() == "upkeep_failed step=fold sqlstate=23505 error='duplicate key'"
+    assert in_database.exc_info is None
+    assert [record.getMessage() for record in (elsewhere, without_words)] == 2 * ["upkeep_failed step=fold"]
+    assert elsewhere.exc_info is not None
+    assert elsewhere.exc_info[1] is not None
+    assert "my-payload" not in caplog.text

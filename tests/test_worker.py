@@ -15,10 +15,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -29,9 +29,9 @@ from fake_vllm import fake_vllm
 from postgres import Sql
 from service import INHERITED, MAIN, Corner, Service, wait_until
 
-from ai_client import AIService, ClaimedJob, RawJSON, object_text
-from ai_internal.worker.spool import MAX_UNDELIVERED, Delivery, Outcome, Spool, SpoolFull, Watch
-from ai_internal.worker.worker import OVERDUE_SECONDS, STUCK_SECONDS, Running, Settings, Worker
+from ai_client import AIService, RawJSON, object_text
+from ai_internal.worker.spool import MAX_UNDELIVERED, Delivery, Outcome, ServiceState, Spool, SpoolFull
+from ai_internal.worker.worker import OVERDUE_SECONDS, Settings, Worker
 from providers import GROUP, Health, InstalledProvider, Job, Never, NotNow, Result, SettingsError, Unsupported
 
 # ---------------------------------------------------------------- a worker in a thread
@@ -65,29 +65,42 @@ class Script:
                 self._at_once -= 1
 
 
-@pytest.fixture
-def work(service: Service, corner: Corner, tmp_path: Path) -> Iterator[Callable[..., tuple[Worker, Script]]]:
-    """Starts a worker for the corner's profile; it is stopped at the end, and must have ended well."""
-    started: list[tuple[Worker, threading.Thread, list[int]]] = []
+@attrs.define
+class Work:
+    """Starts workers for the profile of a corner, each in a thread."""
 
-    def start(
-        run: Callable[[Job], Result], url: str = "", fallback: Callable[[Job], Result] | None = None, **settings: Any
+    service: Service
+    corner: Corner
+    spool_dir: Path
+    started: list[tuple[Worker, Future[int]]] = attrs.field(factory=list)
+
+    def __call__(
+        self, run: Callable[[Job], Result], url: str = "", fallback: Callable[[Job], Result] | None = None, **settings: Any
     ) -> tuple[Worker, Script]:
-        provider = Script(corner.model_profile, run)
-        fallbacks = [Script(corner.model_profile, fallback, "fallback")] if fallback else []
-        known = {"url": url or url_of(service), "spool_dir": tmp_path / "spool", "drain_seconds": 0.2, **settings}
+        provider = Script(self.corner.model_profile, run)
+        fallbacks = [Script(self.corner.model_profile, fallback, "fallback")] if fallback else []
+        known = {"url": url or url_of(self.service), "spool_dir": self.spool_dir, "drain_seconds": 0.2, **settings}
         worker = worker_of(Settings(**known), provider, *fallbacks)
-        statuses: list[int] = []
-        thread = threading.Thread(target=lambda: statuses.append(worker.run()), daemon=True)
-        thread.start()
-        started.append((worker, thread, statuses))
+        status = Future[int]()
+        threading.Thread(target=lambda: status.set_result(worker.run()), daemon=True).start()
+        self.started.append((worker, status))
         return worker, provider
 
-    yield start
-    for worker, thread, statuses in started:
-        worker.stop()
-        thread.join(15)
-        assert statuses == [0]
+    def status(self, worker: Worker, seconds: float = 15) -> int:
+        """The exit status of a worker that ends within this time."""
+        [status] = [status for one, status in self.started if one is worker]
+        return status.result(seconds)
+
+
+@pytest.fixture
+def work(service: Service, corner: Corner, tmp_path: Path) -> Iterator[Work]:
+    """Workers that are stopped at the end, and must have ended well unless the test has seen their end."""
+    work = Work(service, corner, tmp_path / "spool")
+    yield work
+    for worker, status in work.started:
+        if not status.done():
+            worker.stop()
+            assert work.status(worker) == 0
 
 
 def worker_of(settings: Settings, *scripts: Script) -> Worker:
@@ -131,9 +144,6 @@ def status_is(corner: Corner, job: Mapping[str, Any], status: str, seconds: floa
     """The job, once it has this status."""
     wait_until(lambda: corner.look(job)["status"] == status, seconds, f"status {status}")
     return corner.look(job)
-
-
-Work = Callable[..., tuple[Worker, Script]]
 
 
 def test_a_job_is_claimed_run_and_completed(corner: Corner, work: Work, tmp_path: Path) -> None:
@@ -413,25 +423,27 @@ def test_a_provider_that_ignores_the_end_of_its_time_is_left_to_itself(corner: C
         return Result("far too late")
 
     # Overdue from the start.
-    worker, _ = work(run, job_timeout_seconds=-OVERDUE_SECONDS, lease_seconds=5)
+    work(run, job_timeout_seconds=-OVERDUE_SECONDS, lease_seconds=5, concurrency=1)
     job = ended(corner, created)
     ignored.set()
     assert (job["status"], job["error"]["category"], job["usage"]["provider"]) == ("failed", "timeout", "listed")
-    wait_until(lambda: not worker._running, what="the end of the run")
+    ended(corner, corner.create(max_attempts=1))  # the only slot is free again
     assert corner.look(created)["result"] is None
 
 
-@pytest.mark.parametrize(("seconds_ago", "ends"), [(STUCK_SECONDS + 1, True), (STUCK_SECONDS - 10, False)])
-def test_a_worker_all_of_whose_slots_hang_for_long_ends_itself(tmp_path: Path, seconds_ago: float, ends: bool) -> None:
-    worker = worker_of(Settings(spool_dir=tmp_path, concurrency=1), Script("text", echo))
-    facts = {"owner_service": "o", "owner_ref": "r", "task_type": "t", "model_profile": "text", "attempt": 1, "max_attempts": 1}
-    job = ClaimedJob(id="1", claim_id="c", lease_seconds=120, raw_input=RawJSON("1"), **facts)
-    hanging, healthy = (Running(job, worker._fleet, 60) for _ in range(2))
-    hanging.given_up_at = monotonic() - seconds_ago
-    worker._stop_when_stuck([healthy])
-    assert worker._stops.empty()
-    worker._stop_when_stuck([hanging])
-    assert (not worker._stops.empty(), worker._is_broken) == (ends, ends)
+def test_a_worker_all_of_whose_slots_hang_for_long_ends_itself(corner: Corner, work: Work, caplog: pytest.LogCaptureFixture) -> None:
+    created, may_end = corner.create(max_attempts=1), threading.Event()
+
+    def run(job: Job) -> Result:
+        assert may_end.wait(30)
+        return Result("far too late")
+
+    worker, _ = work(run, job_timeout_seconds=-OVERDUE_SECONDS, lease_seconds=5, concurrency=1)
+    worker.stuck_seconds = 0.0
+    assert work.status(worker) == 1
+    may_end.set()
+    assert "worker_stuck runs=1" in caplog.text
+    assert ended(corner, created)["error"]["category"] == "timeout"
 
 
 def test_the_worker_tells_of_itself(corner: Corner, work: Work, service: Service) -> None:
@@ -582,7 +594,7 @@ def test_an_idle_worker_drains_at_once_although_its_claim_waits(work: Work, betw
     worker, _ = work(echo, url=between.url)
     between.wait_for("/jobs/claim")
     worker.stop()
-    wait_until(lambda: worker._ended.is_set(), 2, "the end of the drain")
+    assert work.status(worker, 2) == 0
 
 
 def test_a_job_that_was_claimed_while_draining_is_given_back(corner: Corner, work: Work, between: FakeService) -> None:
@@ -618,7 +630,7 @@ def test_a_second_stop_does_not_wait_for_running_jobs(corner: Corner, work: Work
     wait_until(lambda: provider.jobs, what="the start of the job")
     worker.stop()
     worker.stop()
-    wait_until(lambda: worker._ended.is_set(), 3, "the end of the drain")
+    assert work.status(worker, 3) == 0
     assert corner.look(created)["status"] == "pending"
 
 
@@ -687,7 +699,7 @@ def test_a_damaged_file_is_put_aside_and_the_others_are_delivered(spool: Spool, 
     damaged.write_bytes(content)
     with FakeService() as fake:
         fake.always("/complete", problem(404, "job_not_found"))
-        delivery = started(Delivery(AIService(fake.url, retry_seconds=0), spool, Watch()))
+        delivery = started(Delivery(AIService(fake.url, retry_seconds=0), spool, ServiceState()))
         wait_until(lambda: not good.exists(), what="the delivery")
         delivery.close()
     assert not damaged.exists()
@@ -702,13 +714,13 @@ def started(delivery: Delivery) -> Delivery:
 def test_no_more_work_is_taken_than_results_get_away(spool: Spool) -> None:
     with FakeService() as fake:
         fake.always("/complete", problem(409, "claim_lost"))
-        delivery = Delivery(AIService(fake.url, retry_seconds=0), spool, Watch())
+        delivery = Delivery(AIService(fake.url, retry_seconds=0), spool, ServiceState())
         for _ in range(MAX_UNDELIVERED):
-            assert delivery.takes_more()
+            assert delivery.accepts_more()
             assert delivery.put(outcome()).is_set()
-        assert not delivery.takes_more()
+        assert not delivery.accepts_more()
         started(delivery)
-        wait_until(delivery.takes_more, what="room")
+        wait_until(delivery.accepts_more, what="room")
         assert delivery.flush(5) == 0
         delivery.close()
 
@@ -717,7 +729,7 @@ def test_a_route_that_is_not_there_is_no_reason_to_forget_a_result(spool: Spool)
     path = spool.write(outcome())
     with FakeService() as fake:
         fake.always("/complete", problem(404, "not_found"))
-        delivery = started(Delivery(AIService(fake.url, retry_seconds=0), spool, Watch()))
+        delivery = started(Delivery(AIService(fake.url, retry_seconds=0), spool, ServiceState()))
         fake.wait_for("/complete", 2)
         delivery.close()
     assert path.exists()

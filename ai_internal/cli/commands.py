@@ -46,7 +46,7 @@ from ai_client import (
     parse_job,
     split_object,
 )
-from ai_internal.cli.terminal import Column, Progress, Table, ago, ago_text, duration_text, moment_text, painted, print_json, print_lines
+from ai_internal.cli.terminal import Column, Progress, Table, ago, ago_text, coloured, duration_text, moment_text, print_json, print_lines
 from ai_internal.client_settings import ClientSettings
 from ai_internal.limits import MAX_ITEMS
 from ai_internal.server.requests import UUID
@@ -60,7 +60,7 @@ Result = TypeVar("Result")
 
 # ── The words of a command ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-DONE, REFUSED, WRONG_USE, UNREACHABLE, NOT_ALLOWED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 130, 141
+DONE, REFUSED, USAGE_ERROR, UNREACHABLE, NOT_ALLOWED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 130, 141
 EXIT_CODES = """exit codes:
   0    done
   1    something that was asked for was refused, failed or not found
@@ -75,7 +75,7 @@ DEFAULT_WINDOW, DEFAULT_LIMIT, WATCH_SECONDS = "1d", 50, 2.0
 PAGE = 500
 
 
-class WrongUse(Exception):
+class UsageError(Exception):
     """Arguments that do not go together; the message says which would."""
 
 
@@ -180,23 +180,23 @@ def _add_operation(commands: Commands) -> None:
         parser.add_argument("--json", action="store_true", help="the service's answer as JSON")
 
 
-NAMES = ("owner_service", "owner_ref", "task_type", "model_profile", "error_category")
-TIMES = ("created_after", "created_before")
+NAME_FILTERS = ("owner_service", "owner_ref", "task_type", "model_profile", "error_category")
+TIME_FILTERS = ("created_after", "created_before")
 
 
 def _add_filters(parser: argparse.ArgumentParser, statuses: Sequence[str] = STATUSES) -> None:
     filters = parser.add_argument_group("filters", "a repeated one means either, different ones must all fit")
     filters.add_argument("--status", action="append", choices=statuses)
-    for name in NAMES:
+    for name in NAME_FILTERS:
         filters.add_argument(f"--{name.replace('_', '-')}", action="append", type=_text, metavar="NAME")
     filters.add_argument("--label", action="append", type=_label, metavar="KEY:VALUE", help="a label; several must all fit")
-    for name in TIMES:
+    for name in TIME_FILTERS:
         about = "a time (RFC 3339, UTC without an offset), or how long ago, as 90s, 2h or 1h30m"
         filters.add_argument(f"--{name.replace('_', '-')}", type=_time, metavar="TIME", help=about)
 
 
 def _filter_of(options: argparse.Namespace) -> JobFilter:
-    given = {name: getattr(options, name) for name in ("status", *NAMES, *TIMES)}
+    given = {name: getattr(options, name) for name in ("status", *NAME_FILTERS, *TIME_FILTERS)}
     return JobFilter(**{name: value for name, value in given.items() if value is not None}, labels=dict(options.label or ()))
 
 
@@ -252,7 +252,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         settings = read_settings(ClientSettings, os.environ)
     except SettingsError as error:
-        return _say(f"the settings cannot be used: {'; '.join(error.problems)}", WRONG_USE)
+        return _print_error(f"the settings cannot be used: {'; '.join(error.problems)}", USAGE_ERROR)
     try:
         with AIService(settings.url, settings.token, retry_seconds=SHORT_SECONDS) as service:
             code: int = options.act(service, options)
@@ -262,17 +262,17 @@ def run(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
-    except WrongUse as error:
-        return _say(str(error), WRONG_USE)
+        return _print_error("interrupted", INTERRUPTED)
+    except UsageError as error:
+        return _print_error(str(error), USAGE_ERROR)
     except OSError as error:
-        return _say(f"{error.filename or 'output'}: {error.strerror or error}", REFUSED)
+        return _print_error(f"{error.filename or 'output'}: {error.strerror or error}", REFUSED)
     except ServiceError as error:
-        return _say(told(error, settings), code_of(error))
+        return _print_error(describe_error(error, settings), code_of(error))
     return code
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     print(printable(f"ai-service: {message}"), file=sys.stderr)
     return code
 
@@ -295,7 +295,7 @@ def code_of(error: ServiceError) -> int:
     return UNREACHABLE if is_stranger or isinstance(error, ServiceUnavailable) else REFUSED
 
 
-_AWAY = {
+_CONNECTION_ERRORS = {
     "NameResolutionError": "the name of the host is not known",
     "NewConnectionError": "nobody takes the connection",
     "ConnectTimeoutError": "no connection in time",
@@ -305,26 +305,26 @@ _AWAY = {
 }
 
 
-def told(error: ServiceError, settings: ClientSettings) -> str:
+def describe_error(error: ServiceError, settings: ClientSettings) -> str:
     """What a person is told of an error."""
     if error.status is None and error.code == "no_answer":
-        return f"no answer from {settings.url}: {_AWAY.get(error.detail or '', error.detail)}"
+        return f"no answer from {settings.url}: {_CONNECTION_ERRORS.get(error.detail or '', error.detail)}"
     if error.code.startswith("http_") or isinstance(error, UnexpectedResponse):
         return f"{settings.url} does not answer as AI Service does{f' ({error.status})' if error.status else ''}: is AI_SERVICE_URL right?"
     if isinstance(error, Unauthorized):
         return "the service does not know the token in AI_SERVICE_TOKEN" if settings.token else "a token is needed: set AI_SERVICE_TOKEN"
     if isinstance(error, Forbidden) and not error.errors:
         return "the role of the token in AI_SERVICE_TOKEN does not allow this"
-    return reason_of(error)
+    return describe_rejection(error)
 
 
-def reason_of(error: ServiceError) -> str:
+def describe_rejection(error: ServiceError) -> str:
     """Why the service refused, in its own words."""
     problems = "; ".join(f"{each.path}: {each.message}".removeprefix(": ") for each in error.errors)
     return problems or error.detail or error.title or error.code
 
 
-def _patient(service: AIService) -> AIService:
+def _with_long_retries(service: AIService) -> AIService:
     """A client that sits out a restart of the service; one that is away from the beginning is told at once."""
     if not service.healthz():
         raise ServiceUnavailable(None, "no_answer", detail="nobody takes the connection")
@@ -349,17 +349,17 @@ def _pages(fetch: Callable[..., _Paged[T]], wanted: JobFilter, cursor: str | Non
             return
 
 
-def _side_by_side(act: Callable[[T], Result], items: Iterable[T], places: int = 4) -> Iterator[Result]:
+def _concurrently(call: Callable[[T], Result], items: Iterable[T], slots: int = 4) -> Iterator[Result]:
     """The results of so many calls at a time, in order: no more of them are held than that."""
-    with ThreadPoolExecutor(places) as pool:
-        under_way: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(slots) as pool:
+        futures: deque[Future[Result]] = deque()
         try:
             for item in items:
-                under_way.append(pool.submit(act, item))
-                if len(under_way) >= places:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                futures.append(pool.submit(call, item))
+                if len(futures) >= slots:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -378,11 +378,11 @@ def list_jobs(service: AIService, options: argparse.Namespace) -> int:
     table = Table(
         Column("ID", whole=True),
         Column("STATUS", whole=True),
-        Column("OWNER", spare=1),
+        Column("OWNER", drop_order=1),
         Column("REFERENCE"),
-        Column("TYPE", spare=3),
-        Column("PROFILE", spare=2),
-        Column("TRY", right=True, spare=4),
+        Column("TYPE", drop_order=3),
+        Column("PROFILE", drop_order=2),
+        Column("TRY", right=True, drop_order=4),
         Column("AGE", right=True),
         Column("ERROR"),
     )
@@ -412,22 +412,22 @@ def show_job(service: AIService, options: argparse.Namespace) -> int:
         return DONE
     if options.input or options.result:
         return _show_payload(split_object(text.text.encode()), "input" if options.input else "result")
-    print_lines(_story(text))
+    print_lines(_job_lines(text))
     return DONE
 
 
 def _no_job(job_id: str, error: NotFound) -> int:
     if not UUID.fullmatch(job_id):
-        return _say(f"{job_id}: is not the id of a job, which is a UUID", REFUSED)
+        return _print_error(f"{job_id}: is not the id of a job, which is a UUID", REFUSED)
     if error.code != "job_not_found":
         raise error
-    return _say(f"{job_id}: there is no such job", REFUSED)
+    return _print_error(f"{job_id}: there is no such job", REFUSED)
 
 
 def _show_payload(fields: Mapping[str, RawJSON], name: str) -> int:
     status = fields["status"].decode()
     if name == "result" and status != "completed":
-        return _say(f"{fields['id'].decode()} has no result: it is {status}", REFUSED)
+        return _print_error(f"{fields['id'].decode()} has no result: it is {status}", REFUSED)
     print_json(fields[name].text, end="\n" if sys.stdout.isatty() else "")
     return DONE
 
@@ -447,26 +447,26 @@ _PLAIN = (
 _DATED = ("created_at", "run_at", "expires_at", "started_at", "lease_expires_at", "finished_at")
 
 
-def _story(text: RawJSON) -> Iterator[str]:
+def _job_lines(text: RawJSON) -> Iterator[str]:
     job = parse_job(text)
     facts = {name: str(value) for name in _PLAIN if (value := getattr(job, name)) is not None}
     facts["attempt"] = f"{job.attempt} of {job.max_attempts}"
-    facts |= {name: f"{moment_text(at)}{_lasted(job, name)}" for name in _DATED if (at := getattr(job, name))}
-    facts |= {name: _members(value) for name in ("labels", "progress", "usage") if (value := getattr(job, name))}
+    facts |= {name: f"{moment_text(at)}{_duration_note(job, name)}" for name in _DATED if (at := getattr(job, name))}
+    facts |= {name: _object_text(value) for name in ("labels", "progress", "usage") if (value := getattr(job, name))}
     if job.error:
         facts["error"] = f"{job.error.category}: {job.error.message}"
     if job.status == "completed" and job.raw_result:
         facts["result"] = f"{len(job.raw_result.text.encode()):,} bytes; --result prints it"
     for name, value in facts.items():
-        yield f"{name:<18}{painted(value) if name == 'status' else printable(value)}"
+        yield f"{name:<18}{coloured(value) if name == 'status' else printable(value)}"
     for error in job.errors:
         yield printable(f"attempt {error.attempt:<10}{moment_text(error.at)}  {error.category}  {error.worker_id or ''}")
         yield printable(f"{'':<18}{error.message}")
         if error.usage:
-            yield printable(f"{'':<18}{_members(error.usage)}")
+            yield printable(f"{'':<18}{_object_text(error.usage)}")
 
 
-def _lasted(job: Job, name: str) -> str:
+def _duration_note(job: Job, name: str) -> str:
     """How long it took to come so far."""
     if name == "started_at" and job.started_at and job.created_at:
         return f"  {duration_text((job.started_at - job.created_at).total_seconds())} after it was created"
@@ -475,7 +475,7 @@ def _lasted(job: Job, name: str) -> str:
     return ""
 
 
-def _members(values: Mapping[str, Any]) -> str:
+def _object_text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value if isinstance(value, str) else encode(value)}" for name, value in values.items())
 
 
@@ -485,16 +485,16 @@ def _members(values: Mapping[str, Any]) -> str:
 def retry_jobs(service: AIService, options: argparse.Namespace) -> int:
     """Retries the jobs named, or all that fit."""
     if _names_jobs(options):
-        return _each(options, service.retry)
+        return _change_each(options, service.retry)
     wanted = _filter_of(options)
     matched = service.retry_many(wanted, dry_run=True).matched or 0
-    if not _may(options, "retry", matched):
-        return _tell(options, retried=0, matched=matched)
+    if not _is_confirmed(options, "retry", matched):
+        return _print_counts(options, retried=0, matched=matched)
     with _counting(options, "retried", matched) as progress:
         # No further than what was counted: a job that fails again at once fits again.
         while progress.done < matched:
             answer = service.retry_many(wanted, limit=min(MAX_ITEMS, matched - progress.done))
-            progress.at(progress.done + answer.retried)
+            progress.update(progress.done + answer.retried)
             if not answer.retried or not answer.more:
                 break
     return DONE
@@ -503,17 +503,17 @@ def retry_jobs(service: AIService, options: argparse.Namespace) -> int:
 def cancel_jobs(service: AIService, options: argparse.Namespace) -> int:
     """Cancels the jobs named, or all that fit."""
     if _names_jobs(options):
-        return _each(options, lambda job_id: service.cancel(job_id, options.reason))
+        return _change_each(options, lambda job_id: service.cancel(job_id, options.reason))
     options.status = options.status or ["pending", "running"]
     matched, newest = _counted(service, _filter_of(options))
-    if not _may(options, "cancel", matched):
-        return _tell(options, cancelled=0, matched=matched)
+    if not _is_confirmed(options, "cancel", matched):
+        return _print_counts(options, cancelled=0, matched=matched)
     # What was created since it was counted is left alone; ids are in the order of their creation.
     listed = (_id_of(text) for page in _pages(service.list_texts, _filter_of(options)) for text in page)
     ids = (job_id for job_id in listed if job_id <= newest)
     with _counting(options, "cancelled", matched) as progress:
-        for is_cancelled in _side_by_side(partial(_cancelled, service, options.reason), ids):
-            progress.at(progress.done + is_cancelled)
+        for is_cancelled in _concurrently(partial(_cancelled, service, options.reason), ids):
+            progress.update(progress.done + is_cancelled)
     return DONE
 
 
@@ -524,7 +524,7 @@ def _counted(service: AIService, wanted: JobFilter) -> tuple[int, str]:
         for texts in _pages(service.list_texts, wanted):
             newest = newest or (_id_of(texts[0]) if texts else "")
             matched += len(texts)
-            progress.at(matched)
+            progress.update(matched)
     return matched, newest
 
 
@@ -544,47 +544,47 @@ def _counting(options: argparse.Namespace, done: str, matched: int) -> Iterator[
             yield progress
         finally:
             progress.clear()
-            _tell(options, **{done: progress.done, "matched": matched})
+            _print_counts(options, **{done: progress.done, "matched": matched})
 
 
 def _names_jobs(options: argparse.Namespace) -> bool:
-    is_filtered = any(getattr(options, name) for name in ("status", *NAMES, *TIMES))
+    is_filtered = any(getattr(options, name) for name in ("status", *NAME_FILTERS, *TIME_FILTERS))
     if bool(options.ids) == is_filtered:
-        raise WrongUse("name the jobs by their ids, or by a filter such as --owner-service; not both")
+        raise UsageError("name the jobs by their ids, or by a filter such as --owner-service; not both")
     if options.ids and options.dry_run:
-        raise WrongUse("--dry-run goes with a filter")
+        raise UsageError("--dry-run goes with a filter")
     return bool(options.ids)
 
 
-def _each(options: argparse.Namespace, act: Callable[[str], Job]) -> int:
-    return max([_one(options, job_id, act) for job_id in options.ids])
+def _change_each(options: argparse.Namespace, change: Callable[[str], Job]) -> int:
+    return max([_change_one(options, job_id, change) for job_id in options.ids])
 
 
-def _one(options: argparse.Namespace, job_id: str, act: Callable[[str], Job]) -> int:
+def _change_one(options: argparse.Namespace, job_id: str, change: Callable[[str], Job]) -> int:
     try:
-        job = act(job_id)
+        job = change(job_id)
     except NotFound as error:
         return _no_job(job_id, error)
     except InvalidState as error:
-        return _say(f"{job_id}: {reason_of(error)}", REFUSED)
+        return _print_error(f"{job_id}: {describe_rejection(error)}", REFUSED)
     return _show(options, {"id": job.id, "status": job.status}, [printable(f"{job.id} {job.status}")])
 
 
-def _may(options: argparse.Namespace, verb: str, matched: int) -> bool:
+def _is_confirmed(options: argparse.Namespace, verb: str, matched: int) -> bool:
     """Whether to go on with so many jobs. Raises WrongUse where nobody can be asked."""
     if options.dry_run or options.yes or not matched:
         return matched > 0 and not options.dry_run
     if not sys.stdin.isatty():
-        raise WrongUse(f"{_many(matched)} to {verb}: --yes is needed where nobody can be asked")
-    print(f"{verb.capitalize()} {_many(matched)}? [y/N] ", end="", file=sys.stderr, flush=True)
+        raise UsageError(f"{_job_count(matched)} to {verb}: --yes is needed where nobody can be asked")
+    print(f"{verb.capitalize()} {_job_count(matched)}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _many(count: int) -> str:
+def _job_count(count: int) -> str:
     return f"{count:,} job{'' if count == 1 else 's'}"
 
 
-def _tell(options: argparse.Namespace, **counts: int) -> int:
+def _print_counts(options: argparse.Namespace, **counts: int) -> int:
     return _show(options, counts, [", ".join(f"{name} {count:,}" for name, count in counts.items())])
 
 
@@ -595,14 +595,14 @@ def export_jobs(service: AIService, options: argparse.Namespace) -> int:
     """Jobs as JSON lines; tells where to go on when it is interrupted."""
     last, exported = options.cursor, 0
     try:
-        with _patient(service) as patient, Progress(None, "jobs", beside=sys.stdout) as progress:
-            for job_id, line in _exported(patient, options):
+        with _with_long_retries(service) as client, Progress(None, "jobs", output=sys.stdout) as progress:
+            for job_id, line in _exported(client, options):
                 print_json(line)
                 last, exported = job_id, exported + 1
-                progress.at(exported)
+                progress.update(exported)
     except (ServiceError, KeyboardInterrupt):
         if exported:
-            _say(f"{_many(exported)} exported; to go on: --cursor {last}", DONE)
+            _print_error(f"{_job_count(exported)} exported; to go on: --cursor {last}", DONE)
         raise
     return DONE
 
@@ -614,7 +614,7 @@ def _exported(service: AIService, options: argparse.Namespace) -> Iterator[tuple
         return
     left_out = {name for name in ("input", "result") if not getattr(options, name)}
     read = partial(_with_payloads, service, include_input=options.input, left_out=left_out)
-    yield from (each for each in _side_by_side(read, map(_id_of, texts)) if each)
+    yield from (each for each in _concurrently(read, map(_id_of, texts)) if each)
 
 
 def _with_payloads(service: AIService, job_id: str, *, include_input: bool, left_out: set[str]) -> tuple[str, str] | None:
@@ -639,7 +639,7 @@ def _line(text: RawJSON) -> str:
 
 # So much is in hand at a time; a line has a job's whole input in it, of which no service takes more than its MAX_BODY_BYTES.
 BATCH_LINES, BATCH_BYTES, LINE_BYTES = 500, 4 << 20, 64 << 20
-TAKEN = tuple(field.name for field in attrs.fields(NewJob))
+COPIED_FIELDS = tuple(field.name for field in attrs.fields(NewJob))
 
 
 @attrs.frozen
@@ -652,26 +652,26 @@ class Line:
     problem: str = ""
 
 
-class Stopped(Exception):
+class ImportStopped(Exception):
     """A line was refused, and nothing behind it is to be created."""
 
 
 def import_jobs(service: AIService, options: argparse.Namespace) -> int:
     """Creates the jobs of a file; tells of each line that was refused."""
     source = sys.stdin.buffer if options.file == "-" else open(options.file, "rb")  # noqa: SIM115  closed below
-    with source, _patient(service) as patient, Progress(_size_of(source), "lines") as progress:
-        importing = Import(patient, progress, keep_going=options.keep_going)
+    with source, _with_long_retries(service) as client, Progress(_size_of(source), "lines") as progress:
+        importing = Import(client, progress, keep_going=options.keep_going)
         try:
-            importing.take_all(_lines(source))
-        except Stopped:
-            _say(f"stopped before line {importing.ended_at:,}; --keep-going passes over what is refused", REFUSED)
+            importing.import_all(_lines(source))
+        except ImportStopped:
+            _print_error(f"stopped before line {importing.ended_at:,}; --keep-going passes over what is refused", REFUSED)
         except (ServiceError, KeyboardInterrupt):
             progress.clear()
-            _tell(options, **importing.counts)
-            _say("not finished; run the same import again to go on", REFUSED)
+            _print_counts(options, **importing.counts)
+            _print_error("not finished; run the same import again to go on", REFUSED)
             raise
         progress.clear()
-    _tell(options, **importing.counts)
+    _print_counts(options, **importing.counts)
     return REFUSED if importing.refused else DONE
 
 
@@ -714,12 +714,12 @@ def _read_line(number: int, text: bytes) -> Line:
     is_exported = {"id", "status"} <= fields.keys()
     if is_exported and "input" not in fields:
         return Line(number, len(text), problem="has no input: export with --input")
-    return Line(number, len(text), _new(fields) if is_exported else _with_key(fields, bare))
+    return Line(number, len(text), _copied_fields(fields) if is_exported else _with_key(fields, bare))
 
 
-def _new(fields: Mapping[str, RawJSON]) -> Mapping[str, RawJSON]:
+def _copied_fields(fields: Mapping[str, RawJSON]) -> Mapping[str, RawJSON]:
     """What a new job takes of an exported one; the key is that of the old job, whatever becomes of it between two exports."""
-    return _with_key({name: fields[name] for name in TAKEN if name in fields}, fields["id"].text.encode())
+    return _with_key({name: fields[name] for name in COPIED_FIELDS if name in fields}, fields["id"].text.encode())
 
 
 def _with_key(fields: Mapping[str, RawJSON], source: bytes) -> Mapping[str, RawJSON]:
@@ -736,56 +736,56 @@ class Import:
         self.created = self.existing = self.refused = self.ended_at = 0
         self._done = 0
 
-    def take_all(self, lines: Iterator[Line]) -> None:
+    def import_all(self, lines: Iterator[Line]) -> None:
         """Creates the jobs of all lines. Raises Stopped, and ServiceError where no line is to blame."""
         for batch in _batches(lines):
-            self._take(batch)
+            self._import_lines(batch)
             self._done += sum(line.size for line in batch)
-            self._progress.at(self._done, f"line {batch[-1].number:,}")
+            self._progress.update(self._done, f"line {batch[-1].number:,}")
 
     @property
     def counts(self) -> dict[str, int]:
         """The summary."""
         return {"created": self.created, "existing": self.existing, "refused": self.refused}
 
-    def _take(self, lines: Sequence[Line]) -> None:
+    def _import_lines(self, lines: Sequence[Line]) -> None:
         if not lines:
             return
         problems = {line.number: line.problem for line in lines if line.problem} or self._create(lines)
         if not problems:
             return
         last = max(problems) if self._keep_going else min(problems)
-        self._take([line for line in lines if line.number not in problems and (self._keep_going or line.number < last)])
+        self._import_lines([line for line in lines if line.number not in problems and (self._keep_going or line.number < last)])
         for number in sorted(problems) if self._keep_going else [last]:
-            self._refuse(number, problems[number])
+            self._report_rejected(number, problems[number])
 
     def _create(self, lines: Sequence[Line]) -> Mapping[int, str]:
         """What is wrong with which lines; nothing once their jobs are there."""
         try:
             batch = self._service.create_from([line.fields for line in lines])
         except ServiceError as error:
-            return self._blamed(lines, error)
+            return self._find_problems(lines, error)
         self.created, self.existing = self.created + batch.created, self.existing + batch.existing
         return {}
 
-    def _blamed(self, lines: Sequence[Line], error: ServiceError) -> Mapping[int, str]:
+    def _find_problems(self, lines: Sequence[Line], error: ServiceError) -> Mapping[int, str]:
         """Which lines an error is about; where it does not say, each half is tried by itself. Raises it where none is."""
         if code_of(error) == UNREACHABLE or (code_of(error) == NOT_ALLOWED and not error.errors) or error.status == 500:
             raise error
         if problems := _problems_by_line(lines, error):
             return problems
         if len(lines) == 1:
-            return {lines[0].number: reason_of(error)}
-        self._take(lines[: len(lines) // 2])
-        self._take(lines[len(lines) // 2 :])
+            return {lines[0].number: describe_rejection(error)}
+        self._import_lines(lines[: len(lines) // 2])
+        self._import_lines(lines[len(lines) // 2 :])
         return {}
 
-    def _refuse(self, number: int, problem: str) -> None:
+    def _report_rejected(self, number: int, problem: str) -> None:
         self.refused += 1
-        self._progress.say(f"line {number:,}: {problem}")
+        self._progress.print_line(f"line {number:,}: {problem}")
         if not self._keep_going:
             self.ended_at = number
-            raise Stopped
+            raise ImportStopped
 
 
 def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
@@ -835,7 +835,7 @@ def _watch_once(service: AIService, options: argparse.Namespace) -> None:
     try:
         lines = list(_stats_lines(service, service.stats(WINDOWS[options.window]), options.window))
     except ServiceUnavailable as error:
-        lines = [printable(f"The service is away: {reason_of(error)}")]
+        lines = [printable(f"The service is away: {describe_rejection(error)}")]
     head = f"{moment_text(datetime.now(UTC))}  every {options.watch:g} s, Ctrl-C ends it"
     lines = [head, "", *lines][: shutil.get_terminal_size().lines - 1]
     # Over what stands there, line by line: to clear it first would flicker.
@@ -869,9 +869,9 @@ def _section(table: Table, rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _group_table(head: str) -> Table:
-    spare = {"CANCELLED": 1, "SCHEDULED": 2, "RUN p50/p95": 3, "WAIT p50/p95": 3}
+    drop_order = {"CANCELLED": 1, "SCHEDULED": 2, "RUN p50/p95": 3, "WAIT p50/p95": 3}
     counts = ("PENDING", "SCHEDULED", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "OLDEST", "WAIT p50/p95", "RUN p50/p95")
-    return Table(Column(head), *(Column(each, right=True, spare=spare.get(each, 0)) for each in counts), Column(""))
+    return Table(Column(head), *(Column(each, right=True, drop_order=drop_order.get(each, 0)) for each in counts), Column(""))
 
 
 def _group_row(row: Mapping[str, Any], name: str) -> Sequence[str]:
@@ -915,26 +915,26 @@ def _provider_row(where: str, each: Mapping[str, Any]) -> Sequence[str]:
 
 def pause_jobs(service: AIService, options: argparse.Namespace) -> int:
     """Pauses what is named, or shows what is paused."""
-    if options.list and not any(_named(options).values()):
+    if options.list and not any(_selected_names(options).values()):
         return _show_pauses(service.pauses(), options)
     if options.list:
-        raise WrongUse("--list shows everything that is paused; it goes with no name")
-    return _show_pauses(service.pause(**_some(options))["paused"], options)
+        raise UsageError("--list shows everything that is paused; it goes with no name")
+    return _show_pauses(service.pause(**_required_names(options))["paused"], options)
 
 
 def resume_jobs(service: AIService, options: argparse.Namespace) -> int:
     """Lifts pauses."""
-    return _show_pauses(service.resume(**_some(options))["paused"], options)
+    return _show_pauses(service.resume(**_required_names(options))["paused"], options)
 
 
-def _named(options: argparse.Namespace) -> dict[str, list[str] | None]:
+def _selected_names(options: argparse.Namespace) -> dict[str, list[str] | None]:
     return {f"{name}s": getattr(options, name) for name in GROUPS}
 
 
-def _some(options: argparse.Namespace) -> dict[str, list[str] | None]:
-    named = _named(options)
+def _required_names(options: argparse.Namespace) -> dict[str, list[str] | None]:
+    named = _selected_names(options)
     if not any(named.values()):
-        raise WrongUse("name a --model-profile, a --task-type or an --owner-service")
+        raise UsageError("name a --model-profile, a --task-type or an --owner-service")
     return named
 
 

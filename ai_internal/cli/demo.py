@@ -1,17 +1,17 @@
 """`ai-service demo`: the whole of AI Service at work on one machine. `python -m ai_internal.cli.demo` has two more commands:
 
     run [FOLDER]     what `make run` keeps running
-    stand-in PORT    the chat server below by itself, on all addresses, for the demo of compose.yaml
+    chat-stub PORT   the chat server below by itself, on all addresses, for the demo of compose.yaml
 
 Both start a database, the service and a worker, each a process of its own as in production. The demo sends the jobs of
 demo_jobs.jsonl, shows what becomes of them and takes everything down again; `run` goes on until it is told to stop.
 
-Where there is no model service a stand-in answers in its place. It runs no model, and says so in every answer:
+Where no model service is configured, a stub replaces it. It runs no model, and says so in every answer:
 
-    LLM_BASE_URL not set    a chat server, `StandInChat`, speaks the part of the OpenAI API that the vLLM provider uses
-    WHISPERX_URL not set    a transcription server, `StandInWhisperX`, the part that the WhisperX provider uses
+    LLM_BASE_URL not set    a chat server, `StubChatServer`, speaks the part of the OpenAI API that the vLLM provider uses
+    WHISPERX_URL not set    a transcription server, `StubWhisperXServer`, the part that the WhisperX provider uses
 
-Sections: stand-ins, processes, everything together, the demo, run.
+Sections: stubs, processes, everything together, the demo, run.
 """
 
 import json
@@ -37,9 +37,11 @@ from ai_internal.server.embedded import EmbeddedError, bound_to_this_process, em
 from ai_internal.telemetry import printable
 from providers.vllm import DEFAULT_MODEL
 
-__all__ = ["DemoFailed", "StandInChat", "StandInWhisperX", "main", "run", "stand_in"]
+__all__ = ["DemoFailed", "StubChatServer", "StubWhisperXServer", "main", "run", "run_stub"]
 
 JOBS = Path(__file__).with_name("demo_jobs.jsonl")
+
+STUB_TEXT = "A stand-in wrote this, no model ran."
 
 START_SECONDS = 60.0
 """How long the service may take until it listens."""
@@ -55,10 +57,10 @@ class DemoFailed(Exception):
     """The demo, or `run`, cannot go on; the message is for the terminal."""
 
 
-# ── Stand-ins ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stubs ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class StandIn(BaseHTTPRequestHandler):
+class StubServer(BaseHTTPRequestHandler):
     """A server that answers one request per connection, in the place of a model service."""
 
     protocol_version = "HTTP/1.1"
@@ -79,7 +81,7 @@ class StandIn(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-class StandInChat(StandIn):
+class StubChatServer(StubServer):
     """What the vLLM provider asks of a chat server: the list of models, and a completion as a stream of events."""
 
     piece_seconds = 0.04
@@ -98,7 +100,7 @@ class StandInChat(StandIn):
 
 
 def _completion_events(request: Mapping[str, Any], model: str) -> Iterator[str]:
-    words = re.findall(r"\S+\s*", _stand_in_answer(request))
+    words = re.findall(r"\S+\s*", stub_answer(request))
     chunk = {"id": "chatcmpl-stand-in", "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
     for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words)):
         yield json.dumps(chunk | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
@@ -109,31 +111,32 @@ def _completion_events(request: Mapping[str, Any], model: str) -> Iterator[str]:
     yield "[DONE]"
 
 
-def _stand_in_answer(request: Mapping[str, Any]) -> str:
+def stub_answer(request: Mapping[str, Any]) -> str:
+    """The text of a completion, in the format that the request asks for."""
     form = request.get("response_format") or {}
     if form.get("type") == "json_schema":
-        return json.dumps(_fitting(form["json_schema"]["schema"]))
-    return json.dumps({"stand_in": True}) if form.get("type") == "json_object" else "A stand-in wrote this, no model ran."
+        return json.dumps(_minimal_value(form["json_schema"]["schema"]))
+    return json.dumps({"stand_in": True}) if form.get("type") == "json_object" else STUB_TEXT
 
 
-def _fitting(schema: Mapping[str, Any]) -> Any:
+def _minimal_value(schema: Mapping[str, Any]) -> Any:
     """The least value that fits a plain JSON schema: no more is needed to show the way of a job."""
     if "enum" in schema:
         return schema["enum"][0]
     match schema.get("type"):
         case "object":
-            return {name: _fitting(kind) for name, kind in schema.get("properties", {}).items()}
+            return {name: _minimal_value(kind) for name, kind in schema.get("properties", {}).items()}
         case "array":
-            return [_fitting(schema.get("items", {}))] * schema.get("minItems", 0)
+            return [_minimal_value(schema.get("items", {}))] * schema.get("minItems", 0)
         case "integer" | "number":
             return schema.get("minimum", 0)
         case "boolean":
             return False
         case _:
-            return "A stand-in wrote this, no model ran."
+            return STUB_TEXT
 
 
-class StandInWhisperX(StandIn):
+class StubWhisperXServer(StubServer):
     """What the WhisperX provider asks of a transcription server: its routes, and a transcript, which says that nothing was heard."""
 
     def do_GET(self) -> None:
@@ -150,24 +153,24 @@ class StandInWhisperX(StandIn):
         self._send(json.dumps({"text": text, "language": "en", "segments": [{"start": 0.0, "end": 0.1, "text": text}]}))
 
 
-def _stand_in_server(address: tuple[str, int], handler: type[StandIn], model: str) -> ThreadingHTTPServer:
+def _stub_server(address: tuple[str, int], handler: type[StubServer], model: str) -> ThreadingHTTPServer:
     server = ThreadingHTTPServer(address, type(handler.__name__, (handler,), {"model": model}))
     server.daemon_threads = True
     return server
 
 
-def stand_in(environ: Mapping[str, str], port: int) -> int:
+def run_stub(environ: Mapping[str, str], port: int) -> int:
     """Answers as a chat server with the model LLM_MODEL until Ctrl-C or SIGTERM. Returns the exit status."""
-    with suppress(KeyboardInterrupt), _stopped_by_signals(), _stand_in_server(("", port), StandInChat, _model(environ)) as server:
+    with suppress(KeyboardInterrupt), _stopped_by_signals(), _stub_server(("", port), StubChatServer, _model(environ)) as server:
         print(f"a stand-in answers on port {server.server_address[1]}: NO MODEL RUNS", file=sys.stderr, flush=True)
         server.serve_forever()
     return 0
 
 
 @contextmanager
-def _standing_in(handler: type[StandIn], model: str = "") -> Iterator[str]:
-    """The address of a stand-in on a free port of this machine."""
-    with _stand_in_server(("127.0.0.1", 0), handler, model) as server:
+def _running_stub(handler: type[StubServer], model: str = "") -> Iterator[str]:
+    """The address of a stub on a free port of this machine."""
+    with _stub_server(("127.0.0.1", 0), handler, model) as server:
         thread = threading.Thread(target=server.serve_forever, name=handler.__name__, daemon=True)
         thread.start()
         try:
@@ -190,7 +193,7 @@ class _Process:
 
     def start(self) -> None:
         """Starts it, for the first time or again."""
-        self._said: deque[str] = deque(maxlen=30)
+        self._log_tail: deque[str] = deque(maxlen=30)
         self._port: str | None = None
         self._changed = threading.Condition()
         self._process = subprocess.Popen(
@@ -211,12 +214,12 @@ class _Process:
         return self._process.poll() is not None
 
     @property
-    def last_words(self) -> str:
+    def exit_report(self) -> str:
         """How it ended, and the end of its log where that has not been passed on."""
         status = self._process.wait()
         self._reader.join()
-        said = "".join(self._said) if self._quiet else ""
-        return f"ai-service {self.command} ended with status {status}\n{said}".rstrip()
+        log = "".join(self._log_tail) if self._quiet else ""
+        return f"ai-service {self.command} ended with status {status}\n{log}".rstrip()
 
     def port(self) -> str:
         """The port the service says it listens on. Raises DemoFailed when it ends, or says none within START_SECONDS."""
@@ -224,7 +227,7 @@ class _Process:
             self._changed.wait_for(lambda: self._port or self.ended, timeout=START_SECONDS)
         if self._port is None:
             self.stop()
-            raise DemoFailed(f"the service does not start: {self.last_words}")
+            raise DemoFailed(f"the service does not start: {self.exit_report}")
         return self._port
 
     def stop(self) -> None:
@@ -241,15 +244,15 @@ class _Process:
         assert self._process.stderr
         with self._process.stderr as log:
             for line in log:
-                self._said.append(line)
+                self._log_tail.append(line)
                 if not self._quiet:
                     sys.stderr.write(line)
                 if found := re.search(r"service_started.*?\bport=(\d+)", line):
-                    self._tell(found[1])
+                    self._set_port(found[1])
         self._process.wait()  # it closes its log a moment before it has ended
-        self._tell(self._port)
+        self._set_port(self._port)
 
-    def _tell(self, port: str | None) -> None:
+    def _set_port(self, port: str | None) -> None:
         with self._changed:
             self._port = port
             self._changed.notify_all()
@@ -259,7 +262,7 @@ class _Process:
 
 
 @contextmanager
-def _everything(environ: Mapping[str, str], *, quiet: bool) -> Iterator[tuple[_Process, _Process]]:
+def _service_and_worker(environ: Mapping[str, str], *, quiet: bool) -> Iterator[tuple[_Process, _Process]]:
     """The service, and a worker that talks to it, until the block ends; the worker stops first."""
     with ExitStack() as stack:
         service = _Process("serve", environ, quiet=quiet)
@@ -273,17 +276,17 @@ def _everything(environ: Mapping[str, str], *, quiet: bool) -> Iterator[tuple[_P
 
 
 @contextmanager
-def _models(environ: Mapping[str, str], *, transcriber: bool) -> Iterator[dict[str, str]]:
-    """The settings under which the processes find model services: the ones configured, and stand-ins for the others."""
+def _model_settings(environ: Mapping[str, str], *, transcriber: bool) -> Iterator[dict[str, str]]:
+    """The settings under which the processes find model services: the ones configured, and stubs for the others."""
     with ExitStack() as stack:
         settings = dict(environ)
         if not environ.get("LLM_BASE_URL"):
             # A key is for the server it was given for.
             settings.pop("LLM_API_KEY", None)
-            settings["LLM_BASE_URL"] = stack.enter_context(_standing_in(StandInChat, _model(environ)))
+            settings["LLM_BASE_URL"] = stack.enter_context(_running_stub(StubChatServer, _model(environ)))
         if transcriber and not environ.get("WHISPERX_URL"):
             settings.pop("WHISPERX_API_KEY", None)
-            settings["WHISPERX_URL"] = stack.enter_context(_standing_in(StandInWhisperX))
+            settings["WHISPERX_URL"] = stack.enter_context(_running_stub(StubWhisperXServer))
         paths = [str(Path(__file__).parents[2]), *filter(None, [environ.get("PYTHONPATH")])]
         yield {**settings, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -337,43 +340,43 @@ def main(environ: Mapping[str, str]) -> int:
 
 
 def _demo(environ: Mapping[str, str]) -> int:
-    jobs = _jobs(_model(environ))
-    _say_what_is_real(environ, jobs)
+    jobs = read_jobs(_model(environ))
+    _print_setup(environ, jobs)
     with tempfile.TemporaryDirectory(prefix="ai-service-demo-") as folder, ExitStack() as stack:
-        settings = stack.enter_context(_models(environ, transcriber=True))
+        settings = stack.enter_context(_model_settings(environ, transcriber=True))
         settings["DATABASE_URL"] = stack.enter_context(_database(environ, Path(folder)))
         settings |= {"HTTP_HOST": "127.0.0.1", "HTTP_PORT": "0", "DRAIN_SECONDS": "0", "WORKER_SPOOL_DIR": f"{folder}/spool"}
         settings.setdefault("DATABASE_SCHEMA", "ai_service_demo")
-        processes = stack.enter_context(_everything(settings, quiet=True))
+        processes = stack.enter_context(_service_and_worker(settings, quiet=True))
         url = processes[1].environ["AI_SERVICE_URL"]
         print(f"The service listens on {url}, a worker has started.\n")
         service = stack.enter_context(AIService(url, environ.get("AI_SERVICE_TOKEN")))
         batch = service.create_jobs(jobs)
         print(f"{batch.created} jobs were sent.")
         ended = _follow(service, [job.id for job in batch.jobs], processes)
-    _print_table(ended)
-    print(_who_wrote(environ))
+    print_results(ended)
+    print(_describe_authors(environ))
     return 0 if all(job.status == "completed" for job in ended) else 1
 
 
-def _jobs(model: str) -> list[NewJob]:
+def read_jobs(model: str) -> list[NewJob]:
     """The jobs of the file. The profile a chat worker serves bears the name of its model, so LLM_MODEL replaces it here too."""
     bodies = [json.loads(line) for line in JOBS.read_text(encoding="utf-8").splitlines()]
     return [NewJob(**(body if body["model_profile"] == "whisperx" else body | {"model_profile": model})) for body in bodies]
 
 
-def _say_what_is_real(environ: Mapping[str, str], jobs: Sequence[NewJob]) -> None:
-    heard = sum(job.model_profile == "whisperx" for job in jobs)
+def _print_setup(environ: Mapping[str, str], jobs: Sequence[NewJob]) -> None:
+    audio_jobs = sum(job.model_profile == "whisperx" for job in jobs)
     chat = f"the server at LLM_BASE_URL, {_model(environ)}" if environ.get("LLM_BASE_URL") else "a local stand-in: no model runs"
     place = "DATABASE_URL, schema " + environ.get("DATABASE_SCHEMA", "ai_service_demo")
     print("AI Service: jobs over REST, through a queue in PostgreSQL and a worker, to a model and back.\n")
     print(f"  database     {place if environ.get('DATABASE_URL') else 'embedded PostgreSQL, in a temporary folder'}")
     print(f"  chat         {chat}" + ("" if environ.get("LLM_BASE_URL") else " (set LLM_BASE_URL for a real one)"))
-    heard_by = "the server at WHISPERX_URL" if environ.get("WHISPERX_URL") else "a local stand-in: no audio is heard"
-    print(f"  transcribe   {heard_by} ({heard} of the {len(jobs)} jobs)\n", flush=True)
+    transcriber = "the server at WHISPERX_URL" if environ.get("WHISPERX_URL") else "a local stand-in: no audio is heard"
+    print(f"  transcribe   {transcriber} ({audio_jobs} of the {len(jobs)} jobs)\n", flush=True)
 
 
-def _who_wrote(environ: Mapping[str, str]) -> str:
+def _describe_authors(environ: Mapping[str, str]) -> str:
     stand_ins = [kind for name, kind in (("LLM_BASE_URL", "chat"), ("WHISPERX_URL", "transcribe")) if not environ.get(name)]
     if len(stand_ins) == 2:
         return "Stand-ins wrote all of these results; the tokens are words."
@@ -389,7 +392,7 @@ def _follow(service: AIService, ids: Sequence[str], processes: Iterable[_Process
         for job in jobs:
             if seen.get(job.id, ("pending", 0)) != (job.status, job.attempt):
                 seen[job.id] = (job.status, job.attempt)
-                _print_change(job, time.monotonic() - started)
+                print_change(job, time.monotonic() - started)
         _print_counts(jobs)
         if all(job.finished for job in jobs):
             return [service.get_job(job_id) for job_id in ids]
@@ -400,12 +403,13 @@ def _follow(service: AIService, ids: Sequence[str], processes: Iterable[_Process
 def _check_progress(processes: Iterable[_Process], seconds: float) -> None:
     for process in processes:
         if process.ended:
-            raise DemoFailed(process.last_words)
+            raise DemoFailed(process.exit_report)
     if seconds > DEMO_SECONDS:
         raise DemoFailed(f"the jobs have not ended within {DEMO_SECONDS:.0f} s")
 
 
-def _print_change(job: Job, seconds: float) -> None:
+def print_change(job: Job, seconds: float) -> None:
+    """A line that says what a job has become, these seconds after the start."""
     again = f" (attempt {job.attempt})" if job.attempt > 1 else ""
     error = job.error or (job.errors[-1] if job.errors and job.status == "pending" else None)
     why = f": {error.category}, {error.message}" if error else ""
@@ -420,7 +424,8 @@ def _print_counts(jobs: Iterable[Job]) -> None:
         print("\r\x1b[K" + " · ".join(f"{count} {status}" for status, count in sorted(counts.items())), end="", flush=True)
 
 
-def _print_table(jobs: Sequence[Job]) -> None:
+def print_results(jobs: Sequence[Job]) -> None:
+    """A table of all jobs and what became of them."""
     print("\r\x1b[K" if sys.stdout.isatty() else "")
     numbers = [Column("seconds", right=True), Column("tokens", right=True)]
     table = Table(Column("task type"), Column("owner_ref"), Column("status"), *numbers, Column("result"))
@@ -432,11 +437,11 @@ def _print_table(jobs: Sequence[Job]) -> None:
 def _row(job: Job) -> tuple[str, ...]:
     seconds = f"{(job.finished_at - job.started_at).total_seconds():.2f}" if job.finished_at and job.started_at else ""
     tokens = (job.usage or {}).get("total_tokens")
-    said = f"{job.error.category}: {job.error.message}" if job.error else _words(job)
-    return (job.task_type, job.owner_ref, job.status, seconds, "–" if tokens is None else str(tokens), said)
+    shown = f"{job.error.category}: {job.error.message}" if job.error else _result_text(job)
+    return (job.task_type, job.owner_ref, job.status, seconds, "–" if tokens is None else str(tokens), shown)
 
 
-def _words(job: Job) -> str:
+def _result_text(job: Job) -> str:
     try:
         result = job.result
     except NotJSON as error:
@@ -465,37 +470,37 @@ def run(environ: Mapping[str, str], folder: Path) -> int:
 
 
 def _run(environ: Mapping[str, str], folder: Path) -> int:
-    real = bool(environ.get("LLM_BASE_URL"))
+    is_real = bool(environ.get("LLM_BASE_URL"))
     with ExitStack() as stack:
         settings = {
             "HTTP_HOST": "127.0.0.1",
             "DRAIN_SECONDS": "0",
             "WORKER_SPOOL_DIR": str(folder / "spool"),
-            **stack.enter_context(_models(environ, transcriber=not real)),
+            **stack.enter_context(_model_settings(environ, transcriber=not is_real)),
         }
         settings["DATABASE_URL"] = stack.enter_context(_database(environ, folder))
-        processes = stack.enter_context(_everything(settings, quiet=False))
+        processes = stack.enter_context(_service_and_worker(settings, quiet=False))
         print(f"\n  AI Service listens on {processes[1].environ['AI_SERVICE_URL']}", file=sys.stderr)
         print(f"  data         {'DATABASE_URL' if environ.get('DATABASE_URL') else folder.absolute()}", file=sys.stderr)
-        print(f"  the worker   {_what_works(environ)}\n", file=sys.stderr)
+        print(f"  the worker   {_describe_models(environ)}\n", file=sys.stderr)
         while True:
-            _revive(processes)
+            _restart_ended(processes)
             time.sleep(0.5)
 
 
-def _what_works(environ: Mapping[str, str]) -> str:
+def _describe_models(environ: Mapping[str, str]) -> str:
     """What the worker of `run` has for each profile."""
     served = {_model(environ): "LLM_BASE_URL", "whisperx": "WHISPERX_URL"}
     real = [f"{profile} on the server at {name}" for profile, name in served.items() if environ.get(name)]
     missing = [] if environ.get("LLM_BASE_URL") else [profile for profile, name in served.items() if not environ.get(name)]
-    stand_in = f"answers {' and '.join(missing)} by stand-ins, NO MODEL RUNS: set LLM_BASE_URL for a real one" if missing else ""
-    return "; ".join(filter(None, ["runs " + ", ".join(real) if real else "", stand_in]))
+    stubs = f"answers {' and '.join(missing)} by stand-ins, NO MODEL RUNS: set LLM_BASE_URL for a real one" if missing else ""
+    return "; ".join(filter(None, ["runs " + ", ".join(real) if real else "", stubs]))
 
 
-def _revive(processes: Iterable[_Process]) -> None:
+def _restart_ended(processes: Iterable[_Process]) -> None:
     for process in processes:
         if process.ended:
-            print(f"{process.last_words}; starting it again", file=sys.stderr)
+            print(f"{process.exit_report}; starting it again", file=sys.stderr)
             time.sleep(1.0)
             process.start()
 
@@ -504,10 +509,10 @@ def _command(arguments: Sequence[str]) -> int:
     match arguments:
         case ["run", *folder] if len(folder) < 2:
             return run(os.environ, Path(folder[0] if folder else ".data"))
-        case ["stand-in", port] if port.isdecimal():
-            return stand_in(os.environ, int(port))
+        case ["chat-stub", port] if port.isdecimal():
+            return run_stub(os.environ, int(port))
         case _:
-            raise SystemExit("usage: python -m ai_internal.cli.demo run [FOLDER] | stand-in PORT        (the demo itself: ai-service demo)")
+            raise SystemExit("usage: python -m ai_internal.cli.demo run [FOLDER] | chat-stub PORT       (the demo itself: ai-service demo)")
 
 
 if __name__ == "__main__":

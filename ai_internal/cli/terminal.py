@@ -21,20 +21,20 @@ from ai_internal.telemetry import printable, printable_json
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-NARROWEST = 8
+MIN_WIDTH = 8
 
 
 @attrs.frozen
 class Column:
     """A column of a table: what stands over it, and how it is laid out. Numbers stand on the right, and are never cut.
 
-    Where the terminal is too narrow, the columns with the highest `spare` are left out first, those without it never.
+    Where the terminal is too narrow, the columns with the highest `drop_order` are left out first, those without it never.
     """
 
     head: str
     right: bool = attrs.field(default=False, kw_only=True)
     whole: bool = attrs.field(default=attrs.Factory(lambda self: self.right, takes_self=True), kw_only=True)
-    spare: int = attrs.field(default=0, kw_only=True)
+    drop_order: int = attrs.field(default=0, kw_only=True)
 
 
 class Table:
@@ -42,50 +42,50 @@ class Table:
 
     def __init__(self, *columns: Column) -> None:
         self._columns, self._widths = columns, [_width(column.head) for column in columns]
-        self._places: Sequence[int] = ()
+        self._indexes: Sequence[int] = ()
 
     def lines(self, rows: Iterable[Sequence[str]]) -> Iterator[str]:
         """The lines of the head, once, and of the rows."""
         cells = [[printable(cell) for cell in row] for row in rows]
         for row in cells:
             self._widths = [max(width, _width(cell)) for width, cell in zip(self._widths, row, strict=True)]
-        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        has_head, self._places = bool(self._places), self._places or self._shown(room)
-        widths = self._fitted(room)
+        available = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        has_head, self._indexes = bool(self._indexes), self._indexes or self._visible(available)
+        widths = self._fit(available)
         if not has_head:
             yield self._line([column.head for column in self._columns], widths)
         yield from (self._line(row, widths) for row in cells)
 
-    def _shown(self, room: int | None) -> Sequence[int]:
+    def _visible(self, available: int | None) -> Sequence[int]:
         """The places of the columns that have room."""
-        places = list(range(len(self._columns)))
-        while room is not None and sum(self._least(place) + 2 for place in places) - 2 > room:
-            spare = max(places, key=lambda place: self._columns[place].spare)
-            if not self._columns[spare].spare:
+        indexes = list(range(len(self._columns)))
+        while available is not None and sum(self._min_width(index) + 2 for index in indexes) - 2 > available:
+            first = max(indexes, key=lambda index: self._columns[index].drop_order)
+            if not self._columns[first].drop_order:
                 break
-            places.remove(spare)
-        return places
+            indexes.remove(first)
+        return indexes
 
-    def _least(self, place: int) -> int:
-        return self._widths[place] if self._columns[place].whole else min(self._widths[place], NARROWEST)
+    def _min_width(self, index: int) -> int:
+        return self._widths[index] if self._columns[index].whole else min(self._widths[index], MIN_WIDTH)
 
-    def _fitted(self, room: int | None) -> Mapping[int, int]:
-        widths = {place: self._widths[place] for place in self._places}
-        while room is not None and sum(widths.values()) + 2 * (len(widths) - 1) > room:
-            wide = [place for place in widths if widths[place] > self._least(place)]
+    def _fit(self, available: int | None) -> Mapping[int, int]:
+        widths = {index: self._widths[index] for index in self._indexes}
+        while available is not None and sum(widths.values()) + 2 * (len(widths) - 1) > available:
+            wide = [index for index in widths if widths[index] > self._min_width(index)]
             if not wide:
                 break
             widths[max(wide, key=widths.__getitem__)] -= 1
         return widths
 
     def _line(self, cells: Sequence[str], widths: Mapping[int, int]) -> str:
-        return "  ".join(_laid(cells[place], width, self._columns[place]) for place, width in widths.items()).rstrip()
+        return "  ".join(_aligned(cells[index], width, self._columns[index]) for index, width in widths.items()).rstrip()
 
 
-def _laid(cell: str, width: int, column: Column) -> str:
-    cut = cell if _width(cell) <= width else _cut(cell, width - 1) + "…"
+def _aligned(cell: str, width: int, column: Column) -> str:
+    cut = cell if _width(cell) <= width else _truncate(cell, width - 1) + "…"
     space = " " * (width - _width(cut))
-    shown = painted(cut) if column.head == "STATUS" else cut
+    shown = coloured(cut) if column.head == "STATUS" else cut
     return space + shown if column.right else shown + space
 
 
@@ -100,7 +100,7 @@ def _width_of(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _cut(text: str, width: int) -> str:
+def _truncate(text: str, width: int) -> str:
     taken, used = "", 0
     for character in text:
         used += _width_of(character)
@@ -140,12 +140,12 @@ def moment_text(at: datetime | None) -> str:
 
 # ── Output ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-PAINTS = {"failed": 31, "unavailable": 31, "completed": 32, "ok": 32, "degraded": 33, "running": 36, "cancelled": 2}
+COLOURS = {"failed": 31, "unavailable": 31, "completed": 32, "ok": 32, "degraded": 33, "running": 36, "cancelled": 2}
 
 
-def painted(status: str) -> str:
+def coloured(status: str) -> str:
     is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return f"\x1b[{PAINTS[status]}m{status}\x1b[0m" if is_coloured and status in PAINTS else printable(status)
+    return f"\x1b[{COLOURS[status]}m{status}\x1b[0m" if is_coloured and status in COLOURS else printable(status)
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -163,9 +163,9 @@ def print_json(text: str, end: str = "\n") -> None:
 class Progress:
     """How far something is, on a terminal: a line on stderr that is drawn anew. `total` is what `at` counts up to, None where unknown."""
 
-    def __init__(self, total: int | None, unit: str, beside: TextIO | None = None) -> None:
+    def __init__(self, total: int | None, unit: str, output: TextIO | None = None) -> None:
         # Where the output goes to the same terminal, it would stand between the lines.
-        self._is_shown = sys.stderr.isatty() and not (beside and beside.isatty())
+        self._is_shown = sys.stderr.isatty() and not (output and output.isatty())
         self._total, self._unit = total, unit
         self.done = 0
         self._began_at = time.monotonic()
@@ -177,7 +177,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.clear()
 
-    def at(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str = "") -> None:
         """Draws it, ten times a second at most."""
         self.done, now = done, time.monotonic()
         if not self._is_shown or now - self._drawn_at < 0.1:
@@ -187,7 +187,7 @@ class Progress:
         shown = f"{note or f'{done:,} {self._unit}, {rate:,.0f}/s'}"
         self._write(f"\r{self._bar(done)}{shown}\x1b[K")
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """A line for good, above it."""
         self.clear()
         print(printable(line), file=sys.stderr)

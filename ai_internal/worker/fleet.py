@@ -49,16 +49,16 @@ OUTAGES = frozenset({UNAVAILABLE, TIMEOUT, RATE_LIMITED, UNAUTHORIZED, INTERNAL}
 WORKED_ON = frozenset({TRUNCATED, INVALID_OUTPUT, CONTEXT_LENGTH_EXCEEDED})
 """Categories that only a model service which works can give. The others say nothing: a bad input may never have reached it."""
 OUTAGES_TO_OPEN = 3
-FIRST_SECONDS = 2.0
-MOST_SECONDS = 300.0
-MOST_ASKED_SECONDS = 600.0
+FIRST_OPEN_SECONDS = 2.0
+MAX_OPEN_SECONDS = 300.0
+MAX_REQUESTED_SECONDS = 600.0
 """The longest rest that a service may ask for."""
-DOUBTED_SECONDS = 600.0
+DOWN_SECONDS = 600.0
 """How long a bad check alone keeps a circuit open; doubled by each trial that proves it right, since each costs a job one of its hundred
 releases, up to an hour: a check can be wrong."""
-MOST_DOUBTED_SECONDS = 3600.0
-CHECK_SECONDS = 30.0
-CHECK_SECONDS_IN_TROUBLE = 5.0
+MAX_DOWN_SECONDS = 3600.0
+CHECK_INTERVAL_SECONDS = 30.0
+OPEN_CHECK_INTERVAL_SECONDS = 5.0
 UNSUPPORTED_SECONDS = 60.0
 """How long a job waits that only a provider with an open circuit might do."""
 
@@ -74,85 +74,85 @@ class Circuit:
 
     name: str
     _clock: Callable[[], float] = time.monotonic
-    why: str | None = attrs.field(default=None, init=False)
+    reason: str | None = attrs.field(default=None, init=False)
     """What opened it; None when it is closed."""
-    _until: float = attrs.field(default=0.0, init=False)
+    _open_until: float = attrs.field(default=0.0, init=False)
     _openings: int = attrs.field(default=0, init=False)
     _outages: int = attrs.field(default=0, init=False)
     _on_trial: bool = attrs.field(default=False, init=False)
-    _was_asked: bool = attrs.field(default=False, init=False)
+    _is_delay_requested: bool = attrs.field(default=False, init=False)
     _is_down: bool = attrs.field(default=False, init=False)
-    _doubts: int = attrs.field(default=0, init=False)
-    _doubted_until: float = attrs.field(default=0.0, init=False)
+    _failed_trials: int = attrs.field(default=0, init=False)
+    _down_until: float = attrs.field(default=0.0, init=False)
 
     def state(self) -> State:
         """Closed: all jobs; open: none; half open: one, to see."""
-        if self.why is None:
+        if self.reason is None:
             return "closed"
         return "open" if self.seconds_left() > 0 else "half_open"
 
     def seconds_left(self) -> float:
         """How long it will be open still, as far as is known now."""
         now = self._clock()
-        until = max(self._until, self._doubted_until) if self._is_down else self._until
-        return max(0.0, until - now) if self.why is not None else 0.0
+        until = max(self._open_until, self._down_until) if self._is_down else self._open_until
+        return max(0.0, until - now) if self.reason is not None else 0.0
 
-    def lets_through(self) -> bool:
+    def allows_job(self) -> bool:
         """Whether a job may go to the provider now."""
         return self.state() == "closed" or (self.state() == "half_open" and not self._on_trial)
 
-    def begin(self) -> bool:
+    def start_job(self) -> bool:
         """Let a job through; whether it is the trial."""
         self._on_trial = self.state() == "half_open"
         return self._on_trial
 
-    def checked(self, *, is_down: bool) -> None:
+    def record_check(self, *, is_down: bool) -> None:
         """What the provider's check says. It opens nothing by itself: a busy service may have no time for it."""
         recovered = self._is_down and not is_down
         self._is_down = is_down
-        if recovered and not self._was_asked:
-            self._until = 0.0
+        if recovered and not self._is_delay_requested:
+            self._open_until = 0.0
 
-    def ended(self, outcome: Result | NotCompleted, *, was_trial: bool) -> None:
+    def record_outcome(self, outcome: Result | NotCompleted, *, was_trial: bool) -> None:
         """How a job ended that it had let through."""
         if was_trial:
             self._on_trial = False
         if isinstance(outcome, NotNow) and outcome.category in OUTAGES and (outcome.burns_attempt or outcome.category != TIMEOUT):
             # A time-out that did no work is the end of the job's own time.
-            self._met(outcome, was_trial=was_trial)
+            self._record_outage(outcome, was_trial=was_trial)
         elif isinstance(outcome, Result) or outcome.category in WORKED_ON:
-            self._worked(was_trial=was_trial)
+            self._record_work(was_trial=was_trial)
 
-    def _met(self, outage: NotNow, *, was_trial: bool) -> None:
+    def _record_outage(self, outage: NotNow, *, was_trial: bool) -> None:
         self._outages += 1
         if outage.burns_attempt and not was_trial and self._outages < OUTAGES_TO_OPEN:
             return
-        if self.why is not None and not was_trial and outage.retry_in_seconds is None:
+        if self.reason is not None and not was_trial and outage.retry_in_seconds is None:
             # Jobs that ran side by side met the same outage: it counts once.
             return
         self._open(outage, was_trial=was_trial)
 
     def _open(self, outage: NotNow, *, was_trial: bool) -> None:
-        if self.why is None or was_trial:
+        if self.reason is None or was_trial:
             self._openings += 1
-        asked = outage.retry_in_seconds
+        requested = outage.retry_in_seconds
         # Jitter, so that the workers of one service do not all come back at once.
-        own = min(MOST_SECONDS, FIRST_SECONDS * 2.0 ** min(self._openings - 1, 30)) * random.uniform(0.75, 1.0)
-        seconds = own if asked is None else min(max(asked, 0.0), MOST_ASKED_SECONDS)
-        self._was_asked, self._until = asked is not None, self._clock() + seconds
-        self._doubts = self._doubts + 1 if was_trial and self._is_down else 0
-        self._doubted_until = self._clock() + min(MOST_DOUBTED_SECONDS, DOUBTED_SECONDS * 2.0 ** min(self._doubts, 10))
-        self.why = f"{outage.category}: {outage.message}"
+        backoff = min(MAX_OPEN_SECONDS, FIRST_OPEN_SECONDS * 2.0 ** min(self._openings - 1, 30)) * random.uniform(0.75, 1.0)
+        seconds = backoff if requested is None else min(max(requested, 0.0), MAX_REQUESTED_SECONDS)
+        self._is_delay_requested, self._open_until = requested is not None, self._clock() + seconds
+        self._failed_trials = self._failed_trials + 1 if was_trial and self._is_down else 0
+        self._down_until = self._clock() + min(MAX_DOWN_SECONDS, DOWN_SECONDS * 2.0 ** min(self._failed_trials, 10))
+        self.reason = f"{outage.category}: {outage.message}"
         log.warning("circuit_opened provider=%s category=%s seconds=%.1f openings=%d", self.name, outage.category, seconds, self._openings)
 
-    def _worked(self, *, was_trial: bool) -> None:
+    def _record_work(self, *, was_trial: bool) -> None:
         self._outages = 0
-        if self._was_asked and self.state() == "open" and not was_trial:
+        if self._is_delay_requested and self.state() == "open" and not was_trial:
             # Begun before the service asked for a rest, so it says nothing about that.
             return
-        if self.why is not None:
+        if self.reason is not None:
             log.info("circuit_closed provider=%s openings=%d", self.name, self._openings)
-        self.why, self._openings, self._doubted_until = None, 0, 0.0
+        self.reason, self._openings, self._down_until = None, 0, 0.0
 
 
 # ---------------------------------------------------------------- fleet
@@ -162,13 +162,13 @@ class Circuit:
 class Turn:
     """One provider's turn at a job; `end` it with what came of it."""
 
-    listed: InstalledProvider
+    installed: InstalledProvider
     _fleet: "Fleet"
     _was_trial: bool
 
     def end(self, outcome: Result | NotCompleted) -> None:
         """Tell the circuit."""
-        self._fleet.ended(self.listed.name, outcome, was_trial=self._was_trial)
+        self._fleet.record_outcome(self.installed.name, outcome, was_trial=self._was_trial)
 
 
 class Fleet:
@@ -177,9 +177,9 @@ class Fleet:
     def __init__(self, routes: Mapping[str, Sequence[InstalledProvider]], clock: Callable[[], float] = time.monotonic) -> None:
         """`routes` are the providers of each profile, the first choice first, as `by_profile` gives them."""
         self._routes = routes
-        self._listed = list({one.name: one for route in routes.values() for one in route}.values())
-        self._circuits = {one.name: Circuit(one.name, clock) for one in self._listed}
-        self._checks = Checks(self._listed)
+        self._installed = list({one.name: one for route in routes.values() for one in route}.values())
+        self._circuits = {one.name: Circuit(one.name, clock) for one in self._installed}
+        self._checks = Checks(self._installed)
         self._health: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
 
@@ -188,7 +188,7 @@ class Fleet:
         """All the profiles that this worker can serve."""
         return tuple(self._routes)
 
-    def count(self, model_profile: str) -> int:
+    def provider_count(self, model_profile: str) -> int:
         """How many providers the profile has."""
         return len(self._routes[model_profile])
 
@@ -198,25 +198,25 @@ class Fleet:
         with self._lock:
             self._health = health
             for name, circuit in self._circuits.items():
-                circuit.checked(is_down=health[name]["status"] == "unavailable")
+                circuit.record_check(is_down=health[name]["status"] == "unavailable")
 
     def seconds_to_next_check(self) -> float:
         """Sooner while a circuit is not closed, to find its service back."""
         with self._lock:
-            calm = all(circuit.state() == "closed" for circuit in self._circuits.values())
-        return CHECK_SECONDS if calm else CHECK_SECONDS_IN_TROUBLE
+            all_closed = all(circuit.state() == "closed" for circuit in self._circuits.values())
+        return CHECK_INTERVAL_SECONDS if all_closed else OPEN_CHECK_INTERVAL_SECONDS
 
-    def open_profiles(self) -> list[str]:
+    def claimable_profiles(self) -> list[str]:
         """The profiles to claim now: those that have a provider whose circuit lets a job through."""
         with self._lock:
-            return [profile for profile, route in self._routes.items() if any(self._circuit(one).lets_through() for one in route)]
+            return [profile for profile, route in self._routes.items() if any(self._circuit(one).allows_job() for one in route)]
 
-    def may_claim(self, room: int) -> int:
-        """How many of `room` jobs to claim: one, while there is a profile that depends on a trial."""
+    def claim_limit(self, free_slots: int) -> int:
+        """How many of `free_slots` jobs to claim: one, while there is a profile that depends on a trial."""
         with self._lock:
-            return 1 if any(self._is_on_trial(route) for route in self._routes.values()) else room
+            return 1 if any(self._needs_trial(route) for route in self._routes.values()) else free_slots
 
-    def is_in_trouble(self) -> bool:
+    def has_open_circuit(self) -> bool:
         """Whether a circuit is not closed, so that a claim should not wait long."""
         with self._lock:
             return any(circuit.state() != "closed" for circuit in self._circuits.values())
@@ -226,17 +226,17 @@ class Fleet:
         for one in self._routes[model_profile]:
             with self._lock:
                 circuit = self._circuit(one)
-                if not circuit.lets_through():
+                if not circuit.allows_job():
                     continue
-                was_trial = circuit.begin()
+                was_trial = circuit.start_job()
             yield Turn(one, self, was_trial)
 
-    def ended(self, name: str, outcome: Result | NotCompleted, *, was_trial: bool) -> None:
+    def record_outcome(self, name: str, outcome: Result | NotCompleted, *, was_trial: bool) -> None:
         """How one provider's turn ended."""
         with self._lock:
-            self._circuits[name].ended(outcome, was_trial=was_trial)
+            self._circuits[name].record_outcome(outcome, was_trial=was_trial)
 
-    def seconds_until_open(self, model_profile: str) -> float:
+    def seconds_until_retry(self, model_profile: str) -> float:
         """When a job of this profile may be tried again: 0 for now."""
         with self._lock:
             return min(self._circuit(one).seconds_left() for one in self._routes[model_profile])
@@ -244,18 +244,18 @@ class Fleet:
     def report(self) -> list[dict[str, Any]]:
         """The providers as a worker reports them."""
         with self._lock:
-            return [self._reported(one) for one in self._listed]
+            return [self._describe(one) for one in self._installed]
 
-    def _reported(self, one: InstalledProvider) -> dict[str, Any]:
+    def _describe(self, one: InstalledProvider) -> dict[str, Any]:
         circuit, health = self._circuit(one), self._health.get(one.name, {})
         served = [profile for profile, route in self._routes.items() if one in route]
-        detail = circuit.why or health.get("detail") or ""
-        told = {"name": one.name, "status": health.get("status", "degraded"), "circuit": circuit.state(), "model_profiles": served}
-        return {**told, "detail": redact(detail, one.secrets)[:200] or None}
+        detail = circuit.reason or health.get("detail") or ""
+        description = {"name": one.name, "status": health.get("status", "degraded"), "circuit": circuit.state(), "model_profiles": served}
+        return {**description, "detail": redact(detail, one.secrets)[:200] or None}
 
     def _circuit(self, one: InstalledProvider) -> Circuit:
         return self._circuits[one.name]
 
-    def _is_on_trial(self, route: Sequence[InstalledProvider]) -> bool:
+    def _needs_trial(self, route: Sequence[InstalledProvider]) -> bool:
         states = {self._circuit(one).state() for one in route}
         return "half_open" in states and "closed" not in states

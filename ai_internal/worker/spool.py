@@ -82,7 +82,7 @@ class Outcome:
         known = cls(**{name: value.decode() for name, value in fields.items()})
         return attrs.evolve(known, result=raw) if known.verb == "complete" else known
 
-    def told_to(self, service: AIService) -> str:
+    def report_to(self, service: AIService) -> str:
         """Report it; the job's status after that. Raises ServiceError."""
         if self.verb == "complete":
             return service.complete(self.job_id, self.claim_id, self.result, self.usage).status
@@ -98,7 +98,7 @@ class Outcome:
             usage=self.usage,
         ).status
 
-    def refused(self, error: ServiceError) -> Outcome | None:
+    def rejected_by(self, error: ServiceError) -> Outcome | None:
         """The failure that takes the place of a result which the service will not have; None when this is a failure already."""
         if self.verb == "fail":
             return None
@@ -121,38 +121,38 @@ class Spool:
     A file's first line names the service it is meant for, so that the same folder used for another one loses nothing.
     """
 
-    def __init__(self, folder: Path, service_url: str, max_bytes: int) -> None:
-        self._folder, self._url, self._max_bytes = folder, service_url, max_bytes
+    def __init__(self, directory: Path, service_url: str, max_bytes: int) -> None:
+        self._directory, self._url, self._max_bytes = directory, service_url, max_bytes
 
     def open(self) -> None:
         """Make the folder, for this user alone. Raises OSError where that is impossible, or the folder belongs to somebody else."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self._folder.stat().st_uid != os.geteuid():
-            raise PermissionError(f"{self._folder} belongs to another user")
-        self._folder.chmod(0o700)
-        self._remove_torn_files()
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._directory.stat().st_uid != os.geteuid():
+            raise PermissionError(f"{self._directory} belongs to another user")
+        self._directory.chmod(0o700)
+        self._remove_partial_files()
 
     def waiting(self) -> list[Path]:
         """The files left by an earlier process that are meant for this service."""
-        found = sorted(self._folder.glob("*.outcome"))
-        mine = [path for path in found if self._is_mine(path)]
-        if len(mine) < len(found):
-            log.warning("spool_has_outcomes_of_another_service count=%d", len(found) - len(mine))
-        return mine
+        found = sorted(self._directory.glob("*.outcome"))
+        ours = [path for path in found if self._is_for_this_service(path)]
+        if len(ours) < len(found):
+            log.warning("spool_has_outcomes_of_another_service count=%d", len(found) - len(ours))
+        return ours
 
     def write(self, outcome: Outcome) -> Path:
         """Keep an outcome; once this returns it survives a crash of the machine. Raises SpoolFull, OSError."""
         content = f"{self._url}\n{outcome.text()}".encode()
         if self._bytes() + len(content) > self._max_bytes:
             raise SpoolFull(f"over {self._max_bytes} bytes")
-        path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.outcome"
-        torn = path.with_suffix(".torn")
-        with open(os.open(torn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        path = self._directory / f"{time.time_ns():020d}-{secrets.token_hex(4)}.outcome"
+        partial = path.with_suffix(".torn")
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        torn.rename(path)
-        self._sync_folder()
+        partial.rename(path)
+        self._sync_directory()
         return path
 
     def read(self, path: Path) -> Outcome:
@@ -163,11 +163,11 @@ class Spool:
         """Forget a delivered outcome; another worker may have been quicker."""
         path.unlink(missing_ok=True)
 
-    def set_aside(self, path: Path) -> None:
+    def quarantine(self, path: Path) -> None:
         """Keep a damaged file out of the way, for somebody to look at."""
         path.rename(path.with_suffix(".damaged"))
 
-    def _is_mine(self, path: Path) -> bool:
+    def _is_for_this_service(self, path: Path) -> bool:
         try:
             with path.open("rb") as file:
                 return file.readline().rstrip(b"\n") == self._url.encode()
@@ -175,20 +175,20 @@ class Spool:
             return False
 
     def _bytes(self) -> int:
-        return sum(_size(path) for path in self._folder.iterdir())
+        return sum(_size(path) for path in self._directory.iterdir())
 
-    def _remove_torn_files(self) -> None:
+    def _remove_partial_files(self) -> None:
         # A file of the last hour may be one that another worker is writing.
-        for path in self._folder.glob("*.torn"):
+        for path in self._directory.glob("*.torn"):
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
 
-    def _sync_folder(self) -> None:
-        folder = os.open(self._folder, os.O_RDONLY)
+    def _sync_directory(self) -> None:
+        directory = os.open(self._directory, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(directory)
         finally:
-            os.close(folder)
+            os.close(directory)
 
 
 def _size(path: Path) -> int:
@@ -201,30 +201,30 @@ def _size(path: Path) -> int:
 # ---------------------------------------------------------------- delivery
 
 
-class Watch:
+class ServiceState:
     """Whether the service answers; one line in the log when it goes and one when it comes back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._away_since: float | None = None
+        self._unavailable_since: float | None = None
 
     def failed(self, error: ServiceError) -> None:
         """A call did not get through."""
         with self._lock:
-            if self._away_since is None:
-                self._away_since = time.monotonic()
+            if self._unavailable_since is None:
+                self._unavailable_since = time.monotonic()
                 log.warning("service_went_away error=%s", error)
 
     def answered(self) -> None:
         """A call got through."""
         with self._lock:
-            if self._away_since is not None:
-                log.info("service_came_back seconds=%.1f", time.monotonic() - self._away_since)
-                self._away_since = None
+            if self._unavailable_since is not None:
+                log.info("service_came_back seconds=%.1f", time.monotonic() - self._unavailable_since)
+                self._unavailable_since = None
 
 
 @attrs.define(eq=False)
-class _Parcel:
+class _PendingOutcome:
     """An outcome to deliver: a file, or, where the disk did not take it, the outcome itself."""
 
     content: Path | Outcome
@@ -236,48 +236,48 @@ class _Parcel:
 class Delivery:
     """Tells the service the outcomes, oldest first, until it takes them or says that the claim is gone."""
 
-    def __init__(self, service: AIService, spool: Spool, watch: Watch) -> None:
-        self._service, self._spool, self._watch = service, spool, watch
+    def __init__(self, service: AIService, spool: Spool, service_state: ServiceState) -> None:
+        self._service, self._spool, self._service_state = service, spool, service_state
         self._changed = threading.Condition()
-        self._parcels: deque[_Parcel] = deque(_Parcel(path) for path in spool.waiting())
-        self._in_hand = 0
+        self._pending: deque[_PendingOutcome] = deque(_PendingOutcome(path) for path in spool.waiting())
+        self._in_progress = 0
         self._closed = threading.Event()
         # The service is away, or what an earlier process left has yet to be tried.
-        self._is_stuck = bool(self._parcels)
+        self._is_blocked = bool(self._pending)
 
-    def takes_more(self) -> bool:
+    def accepts_more(self) -> bool:
         """Whether outcomes get away, so that more work makes sense: once the service is back, they race against its rescue of leases."""
-        return not self._is_stuck and self._count() < MAX_UNDELIVERED
+        return not self._is_blocked and self._count() < MAX_UNDELIVERED
 
     def put(self, outcome: Outcome) -> threading.Event:
         """Take over an outcome. The event is set when it is safe: at once on disk, and where the disk refuses it, when it is delivered."""
-        parcel = _Parcel(self._kept(outcome))
-        if isinstance(parcel.content, Path):
-            parcel.safe.set()
+        pending = _PendingOutcome(self._store(outcome))
+        if isinstance(pending.content, Path):
+            pending.safe.set()
         with self._changed:
-            self._parcels.append(parcel)
+            self._pending.append(pending)
             self._changed.notify_all()
-        return parcel.safe
+        return pending.safe
 
     def run(self) -> None:
         """Deliver until closed."""
         backoff = Backoff(0.5, 5.0)
-        while (parcel := self._next()) is not None:
+        while (pending := self._next()) is not None:
             try:
-                self._deliver(parcel)
+                self._deliver(pending)
             except (ServiceError, OSError) as error:
-                is_away = isinstance(error, ServiceUnavailable) and not self._service_answers()
-                self._put_off(parcel, error, is_away=is_away)
-                if is_away:
+                is_unavailable = isinstance(error, ServiceUnavailable) and not self._service_answers()
+                self._postpone(pending, error, is_unavailable=is_unavailable)
+                if is_unavailable:
                     self._closed.wait(backoff.next_seconds(getattr(error, "retry_after_seconds", None)))
             else:
                 backoff.reset()
-                self._finish(parcel)
+                self._finish(pending)
 
     def flush(self, seconds: float) -> int:
         """Wait until everything is delivered, the service is away, or the time is over; how many outcomes are left."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stuck or not self._count(), timeout=seconds)
+            self._changed.wait_for(lambda: self._is_blocked or not self._count(), timeout=seconds)
             return self._count()
 
     def close(self) -> None:
@@ -287,7 +287,7 @@ class Delivery:
             self._changed.notify_all()
         self._service.close()
 
-    def _kept(self, outcome: Outcome) -> Path | Outcome:
+    def _store(self, outcome: Outcome) -> Path | Outcome:
         try:
             return self._spool.write(outcome)
         except OSError as error:
@@ -295,17 +295,17 @@ class Delivery:
             return outcome
 
     def _count(self) -> int:
-        return len(self._parcels) + self._in_hand
+        return len(self._pending) + self._in_progress
 
-    def _next(self) -> _Parcel | None:
+    def _next(self) -> _PendingOutcome | None:
         with self._changed:
             while not self._closed.is_set():
-                due = next((parcel for parcel in self._parcels if parcel.due_at <= time.monotonic()), None)
+                due = next((pending for pending in self._pending if pending.due_at <= time.monotonic()), None)
                 if due:
-                    self._parcels.remove(due)
-                    self._in_hand = 1
+                    self._pending.remove(due)
+                    self._in_progress = 1
                     return due
-                at = min((parcel.due_at for parcel in self._parcels), default=None)
+                at = min((pending.due_at for pending in self._pending), default=None)
                 self._changed.wait(None if at is None else max(0.0, at - time.monotonic()))
         return None
 
@@ -316,36 +316,36 @@ class Delivery:
         except ServiceError:
             return True
 
-    def _put_off(self, parcel: _Parcel, error: ServiceError | OSError, *, is_away: bool) -> None:
+    def _postpone(self, pending: _PendingOutcome, error: ServiceError | OSError, *, is_unavailable: bool) -> None:
         # To the end and, where the trouble is its own, for a while: it must not hold up the others.
-        if not is_away:
-            parcel.due_at = time.monotonic() + parcel.backoff.next_seconds()
+        if not is_unavailable:
+            pending.due_at = time.monotonic() + pending.backoff.next_seconds()
         with self._changed:
-            self._parcels.append(parcel)
-            self._in_hand = 0
-            self._is_stuck = is_away
+            self._pending.append(pending)
+            self._in_progress = 0
+            self._is_blocked = is_unavailable
             self._changed.notify_all()
-        if is_away and isinstance(error, ServiceError):
-            self._watch.failed(error)
+        if is_unavailable and isinstance(error, ServiceError):
+            self._service_state.failed(error)
         else:
             log.error("outcome_put_off error=%s", error)
 
-    def _finish(self, parcel: _Parcel) -> None:
-        parcel.safe.set()
+    def _finish(self, pending: _PendingOutcome) -> None:
+        pending.safe.set()
         with self._changed:
-            self._in_hand = 0
-            self._is_stuck = False
+            self._in_progress = 0
+            self._is_blocked = False
             self._changed.notify_all()
 
-    def _deliver(self, parcel: _Parcel) -> None:
-        outcome = self._opened(parcel.content)
+    def _deliver(self, pending: _PendingOutcome) -> None:
+        outcome = self._load(pending.content)
         if outcome is not None:
             with about_span(outcome.traceparent):
-                self._tell(outcome)
-        if isinstance(parcel.content, Path):
-            self._spool.remove(parcel.content)
+                self._report(outcome)
+        if isinstance(pending.content, Path):
+            self._spool.remove(pending.content)
 
-    def _opened(self, content: Path | Outcome) -> Outcome | None:
+    def _load(self, content: Path | Outcome) -> Outcome | None:
         """The outcome to tell; None where another worker was quicker, or the file is damaged."""
         if isinstance(content, Outcome):
             return content
@@ -355,14 +355,14 @@ class Delivery:
             return None
         except (NotJSON, TypeError, KeyError) as error:
             log.error("spool_file_damaged file=%s error=%s", content.name, type(error).__name__)
-            self._spool.set_aside(content)
+            self._spool.quarantine(content)
             return None
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _report(self, outcome: Outcome) -> None:
         try:
-            status = outcome.told_to(self._service)
+            status = outcome.report_to(self._service)
         except (ValidationFailed, PayloadTooLarge) as error:
-            self._tell_refusal(outcome, error)
+            self._report_rejection(outcome, error)
         except (Conflict, NotFound) as error:
             if isinstance(error, NotFound) and error.code != "job_not_found":
                 raise
@@ -370,24 +370,24 @@ class Delivery:
             log.warning("outcome_came_too_late id=%s verb=%s code=%s request_id=%s", *known)
         else:
             _log_outcome(outcome, status)
-        self._watch.answered()
+        self._service_state.answered()
 
-    def _tell_refusal(self, outcome: Outcome, error: ServiceError) -> None:
+    def _report_rejection(self, outcome: Outcome, error: ServiceError) -> None:
         log.error("outcome_refused id=%s verb=%s error=%s", outcome.job_id, outcome.verb, error)
-        failure = outcome.refused(error)
+        failure = outcome.rejected_by(error)
         if failure is not None:
-            self._tell(failure)
+            self._report(failure)
 
 
-_ENDED = " id=%s task_type=%s model_profile=%s provider=%s attempt=%d seconds=%.3f status=%s"
-_ENDINGS = {
-    "complete": f"job_completed{_ENDED}",
-    "fail": f"job_failed{_ENDED} category=%s",
-    "release": f"job_released{_ENDED} category=%s",
+_FIELDS = " id=%s task_type=%s model_profile=%s provider=%s attempt=%d seconds=%.3f status=%s"
+_EVENTS = {
+    "complete": f"job_completed{_FIELDS}",
+    "fail": f"job_failed{_FIELDS} category=%s",
+    "release": f"job_released{_FIELDS} category=%s",
 }
 
 
 def _log_outcome(outcome: Outcome, status: str) -> None:
     why = () if outcome.verb == "complete" else (outcome.category,)
     what = (outcome.job_id, outcome.task_type, outcome.model_profile, outcome.provider, outcome.attempt, outcome.seconds)
-    log.info(_ENDINGS[outcome.verb], *what, status, *why)
+    log.info(_EVENTS[outcome.verb], *what, status, *why)
