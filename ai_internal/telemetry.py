@@ -130,7 +130,7 @@ def _json_escape(character: str) -> str:
     if "\ud800" <= character <= "\udfff":
         return f"\\\\u{ord(character):04x}"
     units = character.encode("utf-16-be")
-    return "".join(f"\\u{units[place]:02x}{units[place + 1]:02x}" for place in range(0, len(units), 2))
+    return "".join(f"\\u{units[offset]:02x}{units[offset + 1]:02x}" for offset in range(0, len(units), 2))
 
 
 @functools.lru_cache(maxsize=1024)

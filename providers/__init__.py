@@ -434,13 +434,13 @@ def _load_provider(entry: EntryPoint, environ: Mapping[str, str]) -> InstalledPr
     return InstalledProvider(**facts, provider=provider, secrets=secrets)
 
 
-def _check_protocol(thing: object) -> None:
-    missing = [member for member in ("name", "model_profiles", "check", "run") if not hasattr(thing, member)]
+def _check_protocol(provider: object) -> None:
+    missing = [member for member in ("name", "model_profiles", "check", "run") if not hasattr(provider, member)]
     if missing:
-        raise TypeError(f"{type(thing).__name__} is no provider: it has no {', '.join(missing)}")
-    profiles = getattr(thing, "model_profiles", None)
+        raise TypeError(f"{type(provider).__name__} is no provider: it has no {', '.join(missing)}")
+    profiles = getattr(provider, "model_profiles", None)
     if not isinstance(profiles, tuple) or not all(isinstance(profile, str) for profile in profiles):
-        raise TypeError(f"{type(thing).__name__}.model_profiles must be a tuple of names")
+        raise TypeError(f"{type(provider).__name__}.model_profiles must be a tuple of names")
     bad = [profile for profile in profiles if not is_profile_name(profile)]
     if bad:
         raise ValueError(f"{bad[0][:100]!r} cannot be a model profile: 1 to 100 letters, digits or . _ : / @ + -")

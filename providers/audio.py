@@ -240,14 +240,14 @@ def _open_in(root: Path, path: str) -> int:
     is an error. Not blocking: opening a pipe would wait for its writer.
     """
     steps = Path(os.path.realpath(root / path)).relative_to(root).parts or (".",)
-    place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    directory_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     for step in steps:
         try:
-            inner = os.open(step, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+            opened = os.open(step, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
         finally:
-            os.close(place)
-        place = inner
-    return place
+            os.close(directory_fd)
+        directory_fd = opened
+    return directory_fd
 
 
 # ---------------------------------------------------------------- fetching
@@ -269,10 +269,10 @@ def _download(text: str, settings: AudioSettings, job: Job) -> Generator[bytes, 
                     yield from exchange.blocks(response, max_bytes=math.inf)
                     return
                 url = _web_url(_redirect_url(url, response.headers.get("location", "")))
-    except NotNow as trouble:
-        if trouble.category == CANCELLED:
+    except NotNow as error:
+        if error.category == CANCELLED:
             raise
-        raise NotNow(AUDIO_UNAVAILABLE, f"audio_url: {trouble.message}", retry_in_seconds=trouble.retry_in_seconds) from None
+        raise NotNow(AUDIO_UNAVAILABLE, f"audio_url: {error.message}", retry_in_seconds=error.retry_in_seconds) from None
     raise Never(INVALID_INPUT, f"audio_url leads on to another address more than {MAX_REDIRECTS} times")
 
 

@@ -129,7 +129,7 @@ class Exchange:
         self._raise_if_aborted()
 
     def _raise_if_aborted(self) -> None:
-        # Our own cut looks like the end of a body whose length nobody told.
+        # Our own abort looks like the end of a body that came without its length.
         if self._abort_reason:
             raise self._abort_reason
 

@@ -563,14 +563,14 @@ def _file_name(attempt: _Attempt) -> str:
 
 def _earlier_answer(settings: WhisperXSettings, attempt: _Attempt) -> Mapping[str, Any]:
     """The answer to what an earlier attempt had sent, waited for while the server is at it; empty if it has none."""
-    place = f"{_TRANSCRIPTIONS}/{attempt.job.id}"
+    path = f"{_TRANSCRIPTIONS}/{attempt.job.id}"
     pause = 0.25
-    while (state := _get_object(settings, attempt, f"{place}/status")).get("status") in ("queued", "in_progress"):
+    while (state := _get_object(settings, attempt, f"{path}/status")).get("status") in ("queued", "in_progress"):
         attempt.job.report_progress({"stage": "transcription", "server_stage": str(state.get("stage"))[:100]})
         attempt.job.cancelled.wait(min(pause, seconds_until(attempt.until)))
         _raise_if_over(attempt.job, attempt.until, burns_attempt=True)
         pause = min(5.0, pause * 1.5)
-    return {} if state.get("status") != "completed" else _get_object(settings, attempt, f"{place}/result?response_format=verbose_json")
+    return {} if state.get("status") != "completed" else _get_object(settings, attempt, f"{path}/result?response_format=verbose_json")
 
 
 def _get_object(settings: WhisperXSettings, attempt: _Attempt, path: str) -> Mapping[str, Any]:

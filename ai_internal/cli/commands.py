@@ -306,7 +306,7 @@ _CONNECTION_ERRORS = {
 
 
 def describe_error(error: ServiceError, settings: ClientSettings) -> str:
-    """What a person is told of an error."""
+    """An error as a person reads it."""
     if error.status is None and error.code == "no_answer":
         return f"no answer from {settings.url}: {_CONNECTION_ERRORS.get(error.detail or '', error.detail)}"
     if error.code.startswith("http_") or isinstance(error, UnexpectedResponse):
@@ -325,7 +325,10 @@ def describe_rejection(error: ServiceError) -> str:
 
 
 def _with_long_retries(service: AIService) -> AIService:
-    """A client that sits out a restart of the service; one that is away from the beginning is told at once."""
+    """A client that retries for LONG_SECONDS, which outlasts a restart of the service.
+
+    Raises ServiceUnavailable at once where the service is away from the beginning.
+    """
     if not service.healthz():
         raise ServiceUnavailable(None, "no_answer", detail="nobody takes the connection")
     return service.clone(retry_seconds=LONG_SECONDS)

@@ -57,7 +57,7 @@ class Table:
         yield from (self._line(row, widths) for row in cells)
 
     def _visible(self, available: int | None) -> Sequence[int]:
-        """The places of the columns that have room."""
+        """The indexes of the columns that fit."""
         indexes = list(range(len(self._columns)))
         while available is not None and sum(self._min_width(index) + 2 for index in indexes) - 2 > available:
             first = max(indexes, key=lambda index: self._columns[index].drop_order)

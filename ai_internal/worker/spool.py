@@ -52,7 +52,7 @@ MAX_UNDELIVERED = 100
 
 @frozen(kw_only=True)
 class Outcome:
-    """What one attempt came to, as the service is to be told."""
+    """What one attempt came to, as it is reported to the service."""
 
     verb: Literal["complete", "fail", "release"]
     job_id: str

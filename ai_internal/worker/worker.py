@@ -116,7 +116,7 @@ def _read_order(text: str) -> dict[str, tuple[str, ...]]:
 
 @frozen(kw_only=True)
 class Settings(ClientSettings):
-    """What a worker is told by its environment."""
+    """The settings of a worker."""
 
     profile_providers: Mapping[str, tuple[str, ...]] = setting(
         "PROFILE_PROVIDERS", "providers of a profile in their order: `profile=first,fallback; …`", default="", read=_read_order
@@ -320,9 +320,9 @@ class RunningJob:
 
     def _provider_error(self, error: BaseException) -> NotNow:
         # The exception's text may hold a piece of the payload: its type and place must do.
-        place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-1:])
-        log.error("provider_broke id=%s provider=%s error=%s", self.job.id, self._provider, f"{type(error).__name__}{place}")
-        return NotNow(INTERNAL, f"the provider raised {type(error).__name__}{place}")
+        location = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-1:])
+        log.error("provider_broke id=%s provider=%s error=%s", self.job.id, self._provider, f"{type(error).__name__}{location}")
+        return NotNow(INTERNAL, f"the provider raised {type(error).__name__}{location}")
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._started, 3)
