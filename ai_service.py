@@ -449,23 +449,23 @@ class Queue:
         self._floors.forget_above(seq)
         return seq, due, _array(ended)
 
-    def heartbeat(self, job_id: str, beat: Heartbeat) -> str:
+    def heartbeat(self, job_id: str, heartbeat: Heartbeat) -> str:
         """Extends one lease; its new end as JSON."""
-        done = self.heartbeat_many([job_id], [beat])[0]
+        done = self.heartbeat_many([job_id], [heartbeat])[0]
         if done.outcome != "ok":
             raise OUTCOMES[done.outcome]
         return msgspec.json.encode({"lease_expires_at": done.lease_expires_at, "lease_seconds": done.lease_seconds}).decode()
 
-    def heartbeat_many(self, ids: Sequence[str], beats: Sequence[Heartbeat]) -> list[HeartbeatAnswer]:
+    def heartbeat_many(self, ids: Sequence[str], heartbeats: Sequence[Heartbeat]) -> list[HeartbeatAnswer]:
         """Extends leases from now; progress is kept where none is given."""
         rows = self.database.run(
             "-- queue.heartbeat_many\n"
             "select outcome, lease_expires_at, lease_seconds, worker_id "
             "from heartbeat_jobs_v1(:ids::uuid[], :claim_ids::uuid[], :leases::float8[], :progresses::text[])",
             ids=ids,
-            claim_ids=[beat.claim_id for beat in beats],
-            leases=[beat.lease_seconds for beat in beats],
-            progresses=[beat.progress for beat in beats],
+            claim_ids=[heartbeat.claim_id for heartbeat in heartbeats],
+            leases=[heartbeat.lease_seconds for heartbeat in heartbeats],
+            progresses=[heartbeat.progress for heartbeat in heartbeats],
         )
         return [HeartbeatAnswer(*row) for row in rows]
 
@@ -561,13 +561,13 @@ class Queue:
         """Ids of jobs that fit, newest first."""
         values = {"before": before} if before else {}
         statement = "-- queue.list\nselect j.id::text from job j where {conditions} order by j.id desc limit :at_most::int"
-        return [row[0] for row in self._look_for(wanted, statement, values, at_most=limit)]
+        return [row[0] for row in self._run_for_filter(wanted, statement, values, at_most=limit)]
 
     def count(self, wanted: JobFilter) -> int:
         """How many jobs fit."""
-        return int(self._look_for(wanted, "-- queue.count\nselect count(*) from job j where {conditions}", {})[0][0])
+        return int(self._run_for_filter(wanted, "-- queue.count\nselect count(*) from job j where {conditions}", {})[0][0])
 
-    def _look_for(self, wanted: JobFilter, statement: str, more: dict[str, str], **beside: int) -> list[list[Any]]:
+    def _run_for_filter(self, wanted: JobFilter, statement: str, more: dict[str, str], **beside: int) -> list[list[Any]]:
         given = {name: getattr(wanted, name, None) for name in _CONDITIONS}
         given["labels"] = _json_or_null(given["labels"] or {})
         values = {name: value for name, value in given.items() if value is not None} | more
@@ -881,12 +881,12 @@ class Jobs:
 
     def claim(self, call: Call) -> None:
         """POST claims pending jobs, waiting for one where asked to."""
-        wish = call.token.limited_to_profiles(call.body)
-        wish = attrs.evolve(wish, claim_id=(wish.claim_id or str(uuid.uuid4())).lower())
-        self.service.upkeep.worker_seen(wish.worker_id, wish.worker)
+        asked = call.token.limited_to_profiles(call.body)
+        asked = attrs.evolve(asked, claim_id=(asked.claim_id or str(uuid.uuid4())).lower())
+        self.service.upkeep.worker_seen(asked.worker_id, asked.worker)
         client_is_gone = call.request.env.get("waitress.client_disconnected", lambda: False)
-        claimed = self.waiting.claim(wish, client_is_gone)
-        log.debug("jobs_claimed worker_id=%r empty=%s", wish.worker_id, not claimed.jobs)
+        claimed = self.waiting.claim(asked, client_is_gone)
+        log.debug("jobs_claimed worker_id=%r empty=%s", asked.worker_id, not claimed.jobs)
         call.answer(f'{{"claim_id":"{claimed.claim_id}","jobs":[{claimed.jobs}]}}')
 
     def get_many(self, call: Call) -> None:
@@ -1160,7 +1160,7 @@ def serve(settings: Settings) -> int:
         max_body_bytes=settings.max_body_bytes,
         max_bodies_bytes=settings.max_bodies_bytes,
         stall_seconds=settings.stall_seconds,
-        apart=PROBES,
+        separate=PROBES,
         admits=service.access.admits,
         problem=service.problem_of_server,
         drain=service.drain,
@@ -1172,14 +1172,14 @@ def serve(settings: Settings) -> int:
     # What is here stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
-    _tell_start(settings, listener.getsockname()[1])
+    _log_start(settings, listener.getsockname()[1])
     server.run()
     service.stop()
     log.info("service_stopped")
     return 0
 
 
-def _tell_start(settings: Settings, port: int) -> None:
+def _log_start(settings: Settings, port: int) -> None:
     if settings.tokens:
         log.info("access_by_tokens tokens=%s", ", ".join(map(str, settings.tokens)))
     else:

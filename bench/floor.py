@@ -70,7 +70,7 @@ def main() -> None:
         max_body_bytes=32 << 20,
         max_bodies_bytes=128 << 20,
         stall_seconds=30,
-        apart=(),
+        separate=(),
         admits=lambda _: True,
         problem=problem_of_server,
         drain=lambda: None,

@@ -95,14 +95,14 @@ class Token:
             return wanted
         return attrs.evolve(wanted, owner_service=_both(wanted.owner_service, self.owner_services))
 
-    def limited_to_profiles(self, wish: ClaimRequest) -> ClaimRequest:
+    def limited_to_profiles(self, request: ClaimRequest) -> ClaimRequest:
         """A claim that takes no job of other profiles.
 
         Cut and not refused: a worker asks for a made-up profile to hear what a claim_id still holds, or to report while it takes nothing.
         """
         if self.model_profiles is None:
-            return wish
-        return attrs.evolve(wish, model_profiles=_both(wish.model_profiles, self.model_profiles))
+            return request
+        return attrs.evolve(request, model_profiles=_both(request.model_profiles, self.model_profiles))
 
 
 def _both(asked: Collection[str] | None, allowed: Sequence[str]) -> list[str]:

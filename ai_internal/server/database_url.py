@@ -306,10 +306,10 @@ class DatabaseAddress:
         )
 
     def _failure(self, host: Host, chain: Sequence[BaseException]) -> HostFailure:
-        said = next((error.args[0] for error in chain if isinstance(error, DatabaseError)), None)
-        if not isinstance(said, dict):
+        fields = next((error.args[0] for error in chain if isinstance(error, DatabaseError)), None)
+        if not isinstance(fields, dict):
             return HostFailure(str(host), _reason(chain, self.connect_timeout_seconds))
-        sqlstate, message = said.get("C"), self._without_user(said.get("M", "the server refused"))
+        sqlstate, message = fields.get("C"), self._without_user(fields.get("M", "the server refused"))
         hint = ", and the URL has no password" if sqlstate == "28P01" and not self.password else ""
         return HostFailure(str(host), f"{message} (SQLSTATE {sqlstate}){hint}", sqlstate)
 

@@ -253,10 +253,10 @@ class _Cluster:
             if self._becomes_ready(process, deadline):
                 _logger.info("embedded_postgres_started pid=%d folder=%s", process.pid, self.data)
                 return process
-            said = self.log.read_text(errors="replace")[-2000:].strip()
+            end_of_log = self.log.read_text(errors="replace")[-2000:].strip()
             # Backends of a postmaster killed with -9 finish their statement first; two servers on one folder would destroy it.
-            if "pre-existing shared memory block" not in said or time.monotonic() > deadline:
-                raise EmbeddedError(f"the embedded PostgreSQL in {self.data} does not start:\n{said}")
+            if "pre-existing shared memory block" not in end_of_log or time.monotonic() > deadline:
+                raise EmbeddedError(f"the embedded PostgreSQL in {self.data} does not start:\n{end_of_log}")
             time.sleep(0.2)
 
     def _stop_what_was_left(self) -> int | None:

@@ -52,7 +52,7 @@ MAX_CHUNK_LINE_BYTES = 1 << 13
 PACE_BYTES_PER_SECOND = 1 << 14
 # How long a request may wait for a thread: less than the threads wait for PostgreSQL, or those behind them would do so after them.
 QUEUE_SECONDS = 4.0
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 # Bodies and answers over this size are counted until they were handled, and sent.
 LARGE_BYTES = 1 << 18
 # Larger bodies are not copied for their head.
@@ -420,9 +420,9 @@ class _Waker:
         return getattr(self.server, name)
 
     def add_task(self, channel: Channel) -> None:
-        """Queues the next request of a channel. What is refused, and what `apart` names, waits for no other kind."""
+        """Queues the next request of a channel. What is refused, and what `separate` names, waits for no other kind."""
         request, channel.queued_at = channel.requests[0], time.monotonic()
-        threads = self.server.refusing if request.error else self.server.apart.get(request.path, self.server.task_dispatcher)
+        threads = self.server.refusing if request.error else self.server.separate.get(request.path, self.server.task_dispatcher)
         threads.add_task(channel)
 
     def pull_trigger(self) -> None:
@@ -455,7 +455,7 @@ class Loop:
                 self._watch(each)
         # After what came was read: that nobody looked for a while is not the clients' fault.
         if (now := time.monotonic()) >= self._check_at:
-            self._check_at = now + LOOK_SECONDS
+            self._check_at = now + CHECK_SECONDS
             self._check_channels(now)
 
     def wake(self) -> None:
@@ -553,12 +553,35 @@ class Core:
                 os.sched_setaffinity(int(thread.name), {self.number})
 
 
+def _waitress_server(app: Any, listener: socket, threads: int, max_body_bytes: int) -> Any:
+    server = waitress.server.create_server(
+        app,
+        sockets=[listener],
+        threads=threads,
+        connection_limit=connection_limit(),
+        max_request_header_size=MAX_HEAD_BYTES,
+        # A client that hangs up is only noticed while its connection is read: hence one request of look-ahead.
+        channel_request_lookahead=1,
+        # By default 8 KB: a batch of 100 jobs came in 14 turns of the loop.
+        recv_bytes=1 << 17,
+        max_request_body_size=2 * max_body_bytes + (1 << 20),
+        # What is counted as memory is memory: no files on the way, for which a container may have no place.
+        inbuf_overflow=2 * max_body_bytes,
+        outbuf_overflow=1 << 40,
+        ident=None,
+    )
+    server.channel_class = Channel
+    server.adj.body_limit_bytes = max_body_bytes
+    server.draining = False
+    return server
+
+
 class Server:
     """Serves a WSGI application on a listening socket until it is told to end.
 
     `problem` makes the body for an HTTP status that waitress answers itself. `max_body_bytes` holds for chunked bodies too,
     `max_bodies_bytes` for all large ones in hand together, answers too. Who moves less than 16 KB a second of a request or an answer for
-    `stall_seconds` is let go. Each path in `apart` has two threads of its own, so that its requests wait for no others.
+    `stall_seconds` is let go. Each path in `separate` has two threads of its own, so that its requests wait for no others.
     `drain` is called once, when the end begins; the listener closes `drain_seconds` later. With `one_core` its threads, and those started
     later, stay together on a core.
     """
@@ -572,7 +595,7 @@ class Server:
         max_body_bytes: int,
         max_bodies_bytes: int,
         stall_seconds: float,
-        apart: Collection[str],
+        separate: Collection[str],
         admits: Callable[[str | None], bool],
         problem: Callable[[int, str], dict[str, object]],
         drain: Callable[[], None],
@@ -583,32 +606,14 @@ class Server:
         cores = os.sched_getaffinity(0) if one_core and hasattr(os, "sched_getaffinity") else ()
         self._core = Core(cores) if len(cores) > 1 else None
         self._end_calls, self._closes_at = 0, math.inf
-        # A client that hangs up is only noticed while its connection is read: hence one request of look-ahead.
-        self._waitress = waitress.server.create_server(
-            app,
-            sockets=[listener],
-            threads=threads,
-            connection_limit=connection_limit(),
-            max_request_header_size=MAX_HEAD_BYTES,
-            channel_request_lookahead=1,
-            # By default 8 KB: a batch of 100 jobs came in 14 turns of the loop.
-            recv_bytes=1 << 17,
-            max_request_body_size=2 * max_body_bytes + (1 << 20),
-            # What is counted as memory is memory: no files on the way, for which a container may have no place.
-            inbuf_overflow=2 * max_body_bytes,
-            outbuf_overflow=1 << 40,
-            ident=None,
-        )
-        self._waitress.channel_class = Channel
+        self._waitress = _waitress_server(app, listener, threads, max_body_bytes)
         self._waitress.loop = self._loop = Loop(self._waitress)
-        self._waitress.adj.body_limit_bytes = max_body_bytes
         self._waitress.adj.budget = ByteBudget(max(max_bodies_bytes, max_body_bytes))
         self._waitress.adj.stall_seconds = stall_seconds
         self._waitress.adj.admits = admits
         self._waitress.refusing = self._threads(2)
-        self._waitress.apart = {path: self._threads(2) for path in apart}
+        self._waitress.separate = {path: self._threads(2) for path in separate}
         self._waitress.problem = problem
-        self._waitress.draining = False
 
     @staticmethod
     def _threads(count: int) -> Any:
@@ -638,7 +643,7 @@ class Server:
         while self._is_busy() and time.monotonic() < deadline:
             self._loop.run_once(0.1)
         self._waitress.task_dispatcher.shutdown()
-        for threads in (self._waitress.refusing, *self._waitress.apart.values()):
+        for threads in (self._waitress.refusing, *self._waitress.separate.values()):
             threads.shutdown()
 
     def _follow_signals(self) -> None:

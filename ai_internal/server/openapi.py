@@ -376,8 +376,8 @@ class Schemas:
     def _filter(self, kind: type[Any]) -> Schema:
         schema = self._object(kind) | {"minProperties": 1}
         listed = {name: each for name, each in schema["properties"].items() if "items" in each}
-        said = ("description", "default")
-        either = {name: {**_only(each, *said), "anyOf": [each["items"], _without(each, *said)]} for name, each in listed.items()}
+        beside = ("description", "default")
+        either = {name: {**_only(each, *beside), "anyOf": [each["items"], _without(each, *beside)]} for name, each in listed.items()}
         return schema | {"properties": schema["properties"] | either}
 
     def of_request(self, request: Request) -> Schema:
@@ -462,9 +462,9 @@ What is refused is answered with a problem: `code` is stable, `retryable` says w
 field that is wrong. Unknown fields and query parameters are refused."""
 
 
-_NOTED: Schema = {"type": "string", "pattern": f"^{REQUEST_ID_FORM}$"}
+_REQUEST_ID_SCHEMA: Schema = {"type": "string", "pattern": f"^{REQUEST_ID_FORM}$"}
 REQUEST_ID = {"name": "X-Request-ID", "in": "header", "description": "Comes back if its form is right.", "schema": {"type": "string"}}
-REQUEST_ID_SENT = {"description": "By which the log tells of the request.", "required": True, "schema": _NOTED}
+REQUEST_ID_SENT = {"description": "By which the log tells of the request.", "required": True, "schema": _REQUEST_ID_SCHEMA}
 TRACE = {
     "name": "traceparent",
     "in": "header",
