@@ -75,7 +75,7 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.mark.parametrize(("pip", "runs"), [("exit 0", False), ("exit 1", True)])
-def test_ensurepip_runs_only_without_a_pip_of_python(project: Project, pip: str, runs: bool) -> None:
+def test_ensurepip_runs_only_if_python_has_no_pip(project: Project, pip: str, runs: bool) -> None:
     project.add_python("python3", "3.11.1", pip)
     assert project.made("demo") == ["new", "embedded"]
     assert ("-m ensurepip" in (project.folder / "log").read_text()) == runs
