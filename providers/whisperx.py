@@ -54,7 +54,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 from urllib.parse import urlencode
 
 import attrs
@@ -259,29 +259,24 @@ def _is_text(most: int, pattern: str = r"[^\ud800-\udfff]+") -> Callable[[Any], 
     return lambda value: isinstance(value, str) and len(value) <= most and bool(re.fullmatch(pattern, value))
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 100
-
-
-def _is_seconds(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= 7 * DAY_SECONDS
-
-
-_OPTION_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+_Rule: TypeAlias = tuple[Callable[[Any], bool], str]
+_FLAG: _Rule = (lambda value: isinstance(value, bool), "true or false")
+_COUNT: _Rule = (lambda value: type(value) is int and 1 <= value <= 100, "a whole number from 1 to 100")
+_WEEK: _Rule = (
+    lambda value: type(value) in (int, float) and 0 < value <= 7 * DAY_SECONDS,
+    "a number of seconds, at most a week",
+)
+_OPTION_RULES: Mapping[str, _Rule] = {
     "language": (_is_text(3, "[a-z]{2,3}"), "a language's code of two or three small letters, as in en"),
     "task": (_is_text(10, "transcribe|translate"), "transcribe or translate"),
     "prompt": (_is_text(4_000), "a text of 1 to 4000 characters"),
     "model": (_is_text(200, r"[\x21-\x7e]+"), "the name of a model"),
-    "diarize": (_is_flag, "true or false"),
-    "min_speakers": (_is_count, "a whole number from 1 to 100"),
-    "max_speakers": (_is_count, "a whole number from 1 to 100"),
-    "word_timestamps": (_is_flag, "true or false"),
+    "diarize": _FLAG,
+    "min_speakers": _COUNT,
+    "max_speakers": _COUNT,
+    "word_timestamps": _FLAG,
     "filename": (_is_text(200), "a text of 1 to 200 characters"),
-    "duration_seconds": (_is_seconds, "a number of seconds, at most a week"),
+    "duration_seconds": _WEEK,
 }
 
 

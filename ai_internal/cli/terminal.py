@@ -119,9 +119,9 @@ def duration_text(seconds: float | None) -> str:
         return "-"
     if seconds < 10:
         return f"{seconds:.1f}s"
-    for unit, length in (("s", 60), ("m", 3600), ("h", 2 * 86_400)):
-        if seconds < length * (2 if unit == "s" else 1):
-            return f"{seconds / {'s': 1, 'm': 60, 'h': 3600}[unit]:.0f}{unit}"
+    for below, unit_seconds, unit in ((120, 1, "s"), (3_600, 60, "m"), (2 * 86_400, 3_600, "h")):
+        if seconds < below:
+            return f"{seconds / unit_seconds:.0f}{unit}"
     return f"{seconds / 86_400:.0f}d"
 
 

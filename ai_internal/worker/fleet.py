@@ -209,7 +209,7 @@ class Fleet:
     def claimable_profiles(self) -> list[str]:
         """The profiles to claim now: those that have a provider whose circuit lets a job through."""
         with self._lock:
-            return [profile for profile, route in self._routes.items() if any(self._circuit(one).allows_job() for one in route)]
+            return [profile for profile, route in self._routes.items() if any(self._circuits[one.name].allows_job() for one in route)]
 
     def claim_limit(self, free_slots: int) -> int:
         """How many of `free_slots` jobs to claim: one, while there is a profile that depends on a trial."""
@@ -225,7 +225,7 @@ class Fleet:
         """The providers that may try a job of this profile now, in their order."""
         for one in self._routes[model_profile]:
             with self._lock:
-                circuit = self._circuit(one)
+                circuit = self._circuits[one.name]
                 if not circuit.allows_job():
                     continue
                 was_trial = circuit.start_job()
@@ -239,7 +239,7 @@ class Fleet:
     def seconds_until_retry(self, model_profile: str) -> float:
         """When a job of this profile may be tried again: 0 for now."""
         with self._lock:
-            return min(self._circuit(one).seconds_left() for one in self._routes[model_profile])
+            return min(self._circuits[one.name].seconds_left() for one in self._routes[model_profile])
 
     def report(self) -> list[dict[str, Any]]:
         """The providers as a worker reports them."""
@@ -247,15 +247,12 @@ class Fleet:
             return [self._describe(one) for one in self._installed]
 
     def _describe(self, one: InstalledProvider) -> dict[str, Any]:
-        circuit, health = self._circuit(one), self._health.get(one.name, {})
+        circuit, health = self._circuits[one.name], self._health.get(one.name, {})
         served = [profile for profile, route in self._routes.items() if one in route]
         detail = circuit.reason or health.get("detail") or ""
         description = {"name": one.name, "status": health.get("status", "degraded"), "circuit": circuit.state(), "model_profiles": served}
         return {**description, "detail": redact(detail, one.secrets)[:200] or None}
 
-    def _circuit(self, one: InstalledProvider) -> Circuit:
-        return self._circuits[one.name]
-
     def _needs_trial(self, route: Sequence[InstalledProvider]) -> bool:
-        states = {self._circuit(one).state() for one in route}
+        states = {self._circuits[one.name].state() for one in route}
         return "half_open" in states and "closed" not in states
