@@ -14,7 +14,7 @@ from service import Api, Corner, Service, wait_until
 LATER = "2999-01-01T00:00:00Z"
 ASKED = {"owner_service", "owner_ref", "task_type", "model_profile", "priority", "run_at", "expires_at", "max_attempts", "idempotency_key"}
 FOUND = {"id", "status", "attempt", "created_at", "started_at", "finished_at", "worker_id", "lease_expires_at", "progress", "result"}
-JOB_FIELDS = ASKED | FOUND | {"traceparent", "usage", "error", "errors"}
+JOB_FIELDS = ASKED | FOUND | {"traceparent", "labels", "usage", "error", "errors"}
 
 
 def test_a_created_job_has_every_field_of_a_job(corner: Corner) -> None:
@@ -35,7 +35,7 @@ def test_what_is_left_out_gets_the_defaults_of_the_contract(corner: Corner) -> N
     assert (job["status"], job["priority"], job["max_attempts"], job["attempt"]) == ("pending", 0, 3, 0)
     empty = ("expires_at", "idempotency_key", "traceparent", "started_at", "finished_at", "worker_id", "lease_expires_at")
     assert [job[name] for name in (*empty, "progress", "result", "usage", "error")] == [None] * 11
-    assert job["errors"] == []
+    assert (job["errors"], job["labels"]) == ([], {})
 
 
 def test_what_is_given_comes_back(corner: Corner) -> None:
