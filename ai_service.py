@@ -46,7 +46,6 @@ from ai_internal.server.database import (
     STATEMENT_SECONDS,
     Database,
     joined,
-    log_crash,
     migrate,
     require_schema,
     schema_version,
@@ -90,7 +89,7 @@ from ai_internal.server.web import (
     problem_of_item,
     problem_of_server,
 )
-from ai_internal.telemetry import about, complain, log_to_stderr, printable, read_log_format, read_traceparent, trace_id
+from ai_internal.telemetry import about, complain, log_crash, log_to_stderr, printable, read_log_format, read_traceparent, trace_id
 from providers import MAX_MESSAGE_CHARACTERS
 from providers.settings import SettingsError, duration, flag, read_settings, setting, whole
 
@@ -786,7 +785,7 @@ class Upkeep:
             self._log_failure(name, refusal)
             return False
         except Exception as error:  # noqa: BLE001 -- told to the log
-            log_crash("upkeep_failed step=%s", error, name)
+            log_crash(log, "upkeep_failed step=%s", error, name)
             return False
         if name in self._failing:
             del self._failing[name]

@@ -105,7 +105,7 @@ PUBLIC = {
 # something else: to our classes, a dict, a key of selectors.
 OTHER = {
     "waitress": {"__init__", "fd", "get", "run"},
-    "pg8000": {"__init__", "close", "prepare", "run", "DatabaseError", "InterfaceError", "error"},
+    "pg8000": {"__init__", "close", "prepare", "run", "DatabaseError", "InterfaceError"},
 }
 # Private names of the standard library: CI runs the Python releases that we support.
 STANDARD_LIBRARY = {("ai_internal/server/database.py", "_value"): "threading.Semaphore"}

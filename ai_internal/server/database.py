@@ -404,14 +404,3 @@ def require_schema(database: Database) -> None:
     if version < SCHEMA_VERSION:
         needed = f"this release needs {SCHEMA_VERSION}: run `ai-service migrate`"
         raise SchemaOutdated(f'schema "{database.schema}" has version {version}, {needed}')
-
-
-def log_crash(event: str, error: Exception, *values: object) -> None:
-    """Our own mistake: an event and the values of its pairs. Of PostgreSQL's errors not the details, which may be values of a row."""
-    log = logging.getLogger("ai_service")
-    if isinstance(error, pg8000.native.DatabaseError):
-        fields = error.args[0] if isinstance(error.args[0], dict) else {}
-        event += " sqlstate=%s error=%r"
-        log.error(event, *values, fields.get("C"), fields.get("M"))
-    else:
-        log.error(event, *values, exc_info=error)

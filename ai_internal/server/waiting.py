@@ -4,6 +4,7 @@ Sections: the queue as it is used here, claims that wait.
 """
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,10 +12,11 @@ from typing import Protocol
 
 import attrs
 
-from ai_internal.server.database import log_crash
 from ai_internal.server.group_commit import taken_lock
 from ai_internal.server.requests import ClaimRequest, Filters, Refusal, ServiceFull
-from ai_internal.telemetry import about, request_id
+from ai_internal.telemetry import about, log_crash, request_id
+
+log = logging.getLogger("ai_service")
 
 # Between two claims that look at everything: the queue remembers where nothing was left.
 FULL_PROBE_SECONDS = 5.0
@@ -181,7 +183,7 @@ class WaitingClaims:
             self._answer_all(refusal)
         except Exception as error:  # noqa: BLE001 -- told to the log
             with about(request_id=_ids_of(list(self._claims))):
-                log_crash("claims_failed", error)
+                log_crash(log, "claims_failed", error)
             self._answer_all(Refusal())
 
     def _pause(self) -> float | None:

@@ -3,6 +3,7 @@
 Sections: answers, routes, middleware.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ import falcon
 import msgspec
 
 from ai_internal.server.access import Token
-from ai_internal.server.database import log_crash
 from ai_internal.server.metrics import Metrics
 from ai_internal.server.operations import OPERATIONS, Operation
 from ai_internal.server.requests import (
@@ -28,6 +28,9 @@ from ai_internal.server.requests import (
     known_id,
     read_query,
 )
+from ai_internal.telemetry import log_crash
+
+log = logging.getLogger("ai_service")
 
 PROBLEM = "application/problem+json"
 
@@ -83,7 +86,7 @@ def answer_falcon_error(request: falcon.Request, response: falcon.Response, erro
 
 def answer_crash(request: falcon.Request, response: falcon.Response, error: Exception, params: Any) -> None:
     """Our own mistake: the log has it, the caller does not."""
-    log_crash("request_failed method=%s path=%r", error, request.method, request.path)
+    log_crash(log, "request_failed method=%s path=%r", error, request.method, request.path)
     answer_refusal(request, response, Refusal(), params)
 
 
