@@ -400,7 +400,7 @@ Seconds = Annotated[float, number(0, 10**12)]
 
 
 def _field_like(field: "attrs.Attribute[Any]", **changed: Any) -> Any:
-    same = {name: getattr(field, name) for name in ("type", "default", "converter", "metadata")}
+    same = {name: getattr(field, name) for name in ("type", "default", "metadata")}
     return attrs.field(**same | changed)
 
 
@@ -409,9 +409,8 @@ def _default_of(field: "attrs.Attribute[Any]") -> Any:
 
 
 def optional(default: Any, description: str = "") -> Any:
-    """A field that may be absent. Null and an empty list or object mean the default too."""
-    metadata = {"description": description} if description else {}
-    return attrs.field(default=default, converter=lambda value: value or default, metadata=metadata)
+    """A field that may be absent. Where it is read, null and an empty list or object mean the default too."""
+    return attrs.field(default=default, metadata={"description": description} if description else {})
 
 
 @attrs.frozen
@@ -791,6 +790,8 @@ class Reader(Generic[T]):
         kinds = [sendable(field) for field in attrs.fields(cast(Any, kind))]
         left = [(position, each) for position, each in enumerate(kinds) if each is RawJson or _native(each) is None]
         self._hooks = [(position, each, _converter.get_structure_hook(each)) for position, each in left]
+        defaults = [field.default for field in attrs.fields(cast(Any, kind))]
+        self._defaults = [(position, each) for position, each in enumerate(defaults) if each not in (attrs.NOTHING, None)]
         struct = _struct(kind)
         self._decode = msgspec.json.Decoder(struct).decode
         self._decode_list = msgspec.json.Decoder(list[struct]).decode  # type: ignore[valid-type]
@@ -808,6 +809,8 @@ class Reader(Generic[T]):
         for position, kind, hook in self._hooks:
             if isinstance(values[position], msgspec.Raw):
                 values[position] = hook(values[position], kind)
+        for position, default in self._defaults:
+            values[position] = values[position] or default
         return self._kind(*values)
 
 
@@ -956,24 +959,27 @@ class BatchBody:
     def read(self, body: bytes) -> list[NewJob]:
         """The jobs with the defaults filled in: a field that is present in the job wins, null too. Raises like `Body.read`."""
         items, beside, refusals = read_items(body, MAX_BATCH, ["defaults"])
-        defaults = b"{}"
+        defaults = b""
         try:
             if "defaults" in beside:
                 read_one(beside["defaults"], JobDefaults, "/defaults")
-                defaults = msgspec.json.encode(fields_of(beside["defaults"]))
+                defaults = msgspec.json.encode(fields_of(beside["defaults"]))[1:-1]
         except Refusal as refusal:
             raise_all([*refusals, refusal])
-        jobs = read_each([_overlaid(bytes(item), defaults) for item in items], NewJob)
+        jobs = read_each([_overlaid(item, defaults) for item in items] if defaults else items, NewJob)
         raise_all([*refusals, *(job for job in jobs if isinstance(job, Refusal))])
         return cast(list[NewJob], jobs)
 
 
-def _overlaid(item: bytes, defaults: bytes) -> bytes:
-    """An object over another: of a name that comes twice the last counts."""
-    if len(defaults) == 2 or item[:1] != b"{":
-        return item
-    members = item[1:]
-    return b"%b%b%b" % (defaults[:-1], b"" if members.lstrip()[:1] == b"}" else b",", members)
+_EMPTY = re.compile(rb"\{\s*\}")
+
+
+def _overlaid(item: msgspec.Raw, members: bytes) -> msgspec.Raw | bytes:
+    """An object over these members of another: of a name that comes twice the last counts."""
+    if _EMPTY.fullmatch(item):
+        return b"{%b}" % members
+    view = memoryview(item)
+    return b"".join((b"{", members, b",", view[1:])) if bytes(view[:1]) == b"{" else item
 
 
 @attrs.frozen
