@@ -308,6 +308,9 @@ def literal(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
+        # Most fields of most jobs are absent.
+        if value and value.count(None) == len(value):
+            return "{NULL" + ",NULL" * (len(value) - 1) + "}"
         return _texts(value) if value and all(type(each) is str for each in value) else _elements(value)
     return str(value)
 
