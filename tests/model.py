@@ -47,6 +47,7 @@ class Asked:
     idempotency_key: str | None = None
     run_at: str | None = None
     expires_at: str | None = None
+    labels: Mapping[str, str] = attrs.Factory(dict)
 
     def has(self, wanted: Mapping[str, Sequence[str]]) -> bool:
         """Whether it passes a filter; what the filter does not name is any."""
@@ -103,7 +104,7 @@ class Job:
 
     def shown(self) -> dict[str, Any]:
         """What every answer shows of it, times as whether they are there."""
-        names = ("owner_service", "task_type", "model_profile", "owner_ref", "priority", "max_attempts", "idempotency_key")
+        names = ("owner_service", "task_type", "model_profile", "owner_ref", "priority", "max_attempts", "idempotency_key", "labels")
         own = ("id", "status", "created_at", "expires_at", "attempt", "worker_id", "progress", "usage", "error")
         return {name: getattr(self.asked, name) for name in names} | {
             **{name: getattr(self, name) for name in own},

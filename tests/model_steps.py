@@ -19,6 +19,7 @@ asked = st.builds(
     priority=st.sampled_from([0, 0, 5, -10]), max_attempts=st.integers(1, 3),
     idempotency_key=st.sampled_from([*[None] * 9, "k1", "k2", "k3"]),
     run_at=st.sampled_from([*[None] * 9, PASSED, LATER]), expires_at=st.sampled_from([*[None] * 9, LATER, LATER, PASSED]),
+    labels=st.sampled_from([{}, {"a": "1"}, {"a": "2", "b": "é"}]),
 )  # fmt: skip
 # What a caller may ask differently of a key it used: the first three are refused.
 changes = st.sampled_from([{"owner_ref": "ref/3"}, {"task_type": "other"}, {"model_profile": "other"}, {"priority": 7, "input": 7}])

@@ -60,17 +60,17 @@ class World:
 
     def clear(self) -> None:
         """As if nothing had ever been asked. First the processes write down which workers they saw: they would do so later."""
-        for api in self.apis:
-            assert api.get("/api/v1/workers").status == 200
+        last = {f"last of {api.port} before example {self.driven['examples']}" for api in self.apis}
+        for api, worker_id in zip(self.apis, last, strict=True):
+            assert api.post(f"{JOBS}/claim", {"worker_id": worker_id, "model_profiles": ["none"]}).status == 200
+        wait_until(lambda: last <= {worker_id for [worker_id] in self.sql("select worker_id from worker")}, 10, "the workers")
         self.sql(f"truncate {TABLES}")
         self.sql("update lane set paused = false where paused")
 
     def after_upkeep(self, look: Callable[[Api], Any]) -> None:
-        """Lets the services see to what is due (any call of /workers is a round of upkeep), and waits for what is to be seen then."""
+        """Lets the services do upkeep, which each begins every two seconds, and waits for what is to be seen then."""
         self.sql("select pg_advisory_unlock(lock_key(3))")
         try:
-            for api in self.apis:
-                assert api.get("/api/v1/workers").status == 200
             wait_until(lambda: look(self.apis[0]), 6, "the counters' agreement with the model")
         finally:
             self._hold_upkeep()

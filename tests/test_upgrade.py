@@ -30,8 +30,14 @@ def git(*arguments: str) -> bytes:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True).stdout
 
 
+# Where the commit before a version of the schema does not start: the last one that did.
+LAST_THAT_STARTED = {7: "42824f5db349dbda27bc5ae76992eecc464b6c62"}
+
+
 def commit_before_this_schema() -> str:
-    """The last commit with the previous version of the schema: HEAD if the present one is new."""
+    """The last commit with the previous version of the schema that starts: HEAD if the present version is new."""
+    if SCHEMA_VERSION in LAST_THAT_STARTED:
+        return LAST_THAT_STARTED[SCHEMA_VERSION]
     found = git("log", "--format=%H", f"-SSCHEMA_VERSION = {SCHEMA_VERSION}", "--", "*database.py").decode().split()
     return f"{found[-1]}^" if found else "HEAD"
 
