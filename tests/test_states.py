@@ -196,9 +196,9 @@ def tried(corner: Corner, job: dict[str, Any], verb: str) -> Try:
 
 
 def tried_before_the_service_takes_it_back(corner: Corner, sql: Sql, verb: str) -> Try:
-    """Once more where the service's own upkeep came between the two calls."""
+    """Once more where the service's own upkeep came between the two calls: in a corner where no job is pending."""
     while was_taken_back((result := tried(corner, lease_ran_out(corner, sql), verb)).after):
-        continue
+        corner = Corner(corner.api)
     return result
 
 
