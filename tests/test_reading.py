@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+import cattrs
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,9 +36,10 @@ from ai_internal.server.requests import (
     Retry,
     Usage,
     WorkerReport,
-    explanation,
+    explain,
     read_object,
     reader_of,
+    validation_refusal,
 )
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
@@ -137,8 +139,11 @@ def is_read_or_explained(body: bytes, kind: type[Any]) -> bool:
         with pytest.raises(Refusal):
             Body(kind).read(body)
         return False
-    wrong = explanation(members, kind, "")
-    if wrong is None:
+    try:
+        explain(members, kind)
+    except (ValueError, cattrs.BaseValidationError) as error:
+        wrong = validation_refusal(error, "")
+    else:
         assert isinstance(Body(kind).read(body), kind)
         return True
     with pytest.raises(type(wrong)) as refused:
@@ -171,7 +176,7 @@ def test_every_text_in_every_field_is_read_or_its_refusal_is_explained(kind: typ
 
 @pytest.mark.parametrize("kind", GOOD, ids=lambda kind: kind.__name__)
 def test_a_right_request_needs_no_explanation(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "explanation", None)
+    monkeypatch.setattr(requests, "explain", None)
     assert reader_of(kind).read(msgspec.json.encode(GOOD[kind])) == Body(kind).read(msgspec.json.encode(GOOD[kind]))
 
 

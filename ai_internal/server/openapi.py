@@ -587,7 +587,7 @@ def _may_refuse(path: str, operation: Operation, refusal: type[Refusal]) -> bool
     """Whether an operation may refuse for reasons that are not its own."""
     if refusal.status in (401, 403):
         return bool(operation.roles)
-    if refusal.status == ServiceFull.status:
+    if refusal.retry_after:
         return refusal is ServiceFull or path.startswith("/api/") or operation.responder == "readiness"
     if refusal in (MalformedJson, BodyTooLarge, UnsupportedMediaType, TooDeep):
         return operation.request is not None

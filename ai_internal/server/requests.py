@@ -404,10 +404,6 @@ def _field_like(field: "attrs.Attribute[Any]", **changed: Any) -> Any:
     return attrs.field(**same | changed)
 
 
-def _default_of(field: "attrs.Attribute[Any]") -> Any:
-    return None if field.default is attrs.NOTHING else field.default
-
-
 def optional(default: Any, description: str = "") -> Any:
     """A field that may be absent. Where it is read, null and an empty list or object mean the default too."""
     return attrs.field(default=default, metadata={"description": description} if description else {})
@@ -435,7 +431,7 @@ class NewJob:
 JobDefaults: Any = attrs.make_class(
     "JobDefaults",
     {
-        field.name: _field_like(field, type=cast(Any, field.type) | None, default=_default_of(field))
+        field.name: _field_like(field, type=cast(Any, field.type) | None, default=None)
         for field in attrs.fields(NewJob)
         if field.name not in ("owner_ref", "idempotency_key")
     },
@@ -737,17 +733,17 @@ def sendable(field: "attrs.Attribute[Any]") -> Any:
     return field.type if field.default in (attrs.NOTHING, None) else Union[field.type, None]  # noqa: UP007
 
 
-def explanation(fields: Mapping[str, msgspec.Raw], kind: type[Any], at: str) -> Refusal | None:
-    """The refusal of an object with every problem, as JSON pointers below `at`; None where nothing is wrong."""
-    try:
-        _converter.structure(fields, kind)
-    except (cattrs.BaseValidationError, ValueError) as error:
-        causes = list(_causes(error, at))
-        too_deep = any(isinstance(cause, TooDeep) for _, cause in causes)
-        return (TooDeep if too_deep else ValidationFailed)(
-            errors=[problem for path, cause in causes for problem in problems_of(path, cause)]
-        )
-    return None
+def explain(fields: Mapping[str, msgspec.Raw], kind: type[Any]) -> None:
+    """Raises cattrs' errors or a ValueError where something is wrong with the members of an object."""
+    _converter.structure(fields, kind)
+
+
+def validation_refusal(error: Exception, at: str) -> Refusal:
+    """The refusal with every problem in what was raised, as JSON pointers below `at`."""
+    causes = list(_causes(error, at))
+    too_deep = any(isinstance(cause, TooDeep) for _, cause in causes)
+    problems = [problem for path, cause in causes for problem in problems_of(path, cause)]
+    return (TooDeep if too_deep else ValidationFailed)(errors=problems)
 
 
 def _causes(error: BaseException, at: str) -> Iterator[tuple[str, BaseException]]:
@@ -850,22 +846,16 @@ def read_raw(raw: msgspec.Raw | bytes, kind: type[T]) -> T:
     except UNCLEAR:
         # Without the earlier ones of a name that comes twice: the last counts.
         fields = fields_of(raw)
-        _converter.structure(fields, kind)
+        explain(fields, kind)
         return cast(T, reader_of(kind).read(msgspec.json.encode(fields)))
 
 
 def read_one(raw: msgspec.Raw | bytes, kind: type[T], at: str = "") -> T:
     """A JSON object as `kind`. Raises ValidationFailed or TooDeep with every problem, as JSON pointers below `at`."""
     try:
-        return cast(T, reader_of(kind).read(raw))
-    except UNCLEAR:
-        fields = item_fields(raw, at)
-        if refusal := explanation(fields, kind, at):
-            raise refusal from None
-    try:
-        return cast(T, reader_of(kind).read(msgspec.json.encode(fields)))
+        return read_raw(raw, kind)
     except UNCLEAR as error:
-        raise ValidationFailed(errors=problems_of(at, error)) from None
+        raise validation_refusal(error, at) from None
 
 
 # Jobs that are read together: what is joined stays small enough for malloc to keep its memory.
@@ -912,28 +902,19 @@ def _refuse_what_is_no_object(body: bytes) -> NoReturn:
     raise ValidationFailed(errors=[{"path": "", "message": "must be an object"}])
 
 
-def read_items(body: bytes, high: int, beside: Sequence[str] = ()) -> tuple[list[msgspec.Raw], dict[str, msgspec.Raw], list[Refusal]]:
-    """The unread members of `jobs`, the fields beside it, and what is wrong with either; 1 to `high` members are right."""
-    fields = read_object(body)
+def read_items(fields: Mapping[str, msgspec.Raw], high: int, beside: Sequence[str]) -> tuple[list[msgspec.Raw], list[Refusal]]:
+    """The unread members of `jobs`, and what is wrong with them or with the names beside; 1 to `high` members are right."""
     unknown = [
         {"path": f"/{_pointer(name)}", "message": "is not a field of this request"} for name in fields if name not in ("jobs", *beside)
     ]
     refusals: list[Refusal] = [ValidationFailed(errors=unknown)] if unknown else []
     try:
-        items = decoded(list[msgspec.Raw], fields.pop("jobs"), "a list")
+        items = decoded(list[msgspec.Raw], fields["jobs"], "a list")
     except (KeyError, ValueError) as error:
-        return [], fields, [*refusals, ValidationFailed(errors=problems_of("/jobs", error))]
+        return [], [*refusals, ValidationFailed(errors=problems_of("/jobs", error))]
     if not 1 <= len(items) <= high:
         refusals.append(ValidationFailed(errors=[{"path": "/jobs", "message": f"must have 1 to {high:,} items"}]))
-    return items[:high], fields, refusals
-
-
-def item_fields(item: msgspec.Raw | bytes, at: str) -> dict[str, msgspec.Raw]:
-    """The members of one of many, unread. Raises ValidationFailed where it is no object."""
-    try:
-        return fields_of(item)
-    except ValueError as error:
-        raise ValidationFailed(errors=problems_of(at, error)) from None
+    return items[:high], refusals
 
 
 def raise_all(refusals: Sequence[Refusal]) -> None:
@@ -964,12 +945,13 @@ class BatchBody:
 
     def read(self, body: bytes) -> list[NewJob]:
         """The jobs with the defaults filled in: a field that is present in the job wins, null too. Raises like `Body.read`."""
-        items, beside, refusals = read_items(body, MAX_BATCH, ["defaults"])
+        fields = read_object(body)
+        items, refusals = read_items(fields, MAX_BATCH, ["defaults"])
         defaults = b""
         try:
-            if "defaults" in beside:
-                read_one(beside["defaults"], JobDefaults, "/defaults")
-                defaults = msgspec.json.encode(fields_of(beside["defaults"]))[1:-1]
+            if "defaults" in fields:
+                read_one(fields["defaults"], JobDefaults, "/defaults")
+                defaults = msgspec.json.encode(fields_of(fields["defaults"]))[1:-1]
         except Refusal as refusal:
             raise_all([*refusals, refusal])
         jobs = read_each([_overlaid(item, defaults) for item in items] if defaults else items, NewJob)
@@ -1010,7 +992,7 @@ class BulkBody:
         fields = read_object(body)
         entries = self._read_all(fields) if fields.keys() <= {"jobs", *names} else None
         if entries is None:
-            items, _, refusals = read_items(body, MAX_ITEMS, names)
+            items, refusals = read_items(fields, MAX_ITEMS, names)
             raise_all(refusals)
             entries = [self._entry(asked, item) for item, asked in zip(items, read_each(items, self.item), strict=True)]
         return Items(entries, read_fields({name: fields[name] for name in names if name in fields}, self.beside))
@@ -1026,7 +1008,10 @@ class BulkBody:
     def _entry(self, asked: Any, item: msgspec.Raw | None = None) -> tuple[str | None, Any]:
         if isinstance(asked, Refusal):
             return _id_of(item) if item is not None else None, asked
-        return (asked.id.lower(), asked) if UUID.fullmatch(asked.id) else (asked.id, JobNotFound())
+        try:
+            return known_id(asked.id), asked
+        except JobNotFound as refusal:
+            return asked.id, refusal
 
 
 def _id_of(item: msgspec.Raw) -> str | None:

@@ -45,7 +45,7 @@ def problem(refusal: Refusal) -> dict[str, Any]:
         "status": refusal.status,
         "detail": refusal.detail,
         "code": refusal.code,
-        "retryable": refusal.status == ServiceFull.status,
+        "retryable": refusal.retry_after is not None,
     }
     return body | ({"errors": refusal.errors} if refusal.errors else {})
 
